@@ -1,0 +1,62 @@
+# Thin on purpose: people and CI run the same commands. Each target installs what it needs into $(VENV) first.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STATUS := $(BIN)/python -c "from nemotron_h.ops import _native as n; print(n.why_missing() or 'C++ kernels: ' + n.level())"
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/kernels/*.cpp)
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+
+.PHONY: help demo test campaign check format clean
+
+help:
+	@echo "make demo      write some text with the model that ships with the package"
+	@echo "make test      the test suite"
+	@echo "make campaign  the tests that take minutes"
+	@echo "make check     linters, types, import rules, file lengths, README's tree"
+	@echo "make format    let ruff format and mend what it can"
+	@echo "make clean     remove $(VENV) and all caches"
+
+demo: $(INSTALLED)
+	$(BIN)/nemotron-h generate "The "
+
+test: $(INSTALLED_DEV)
+	$(BIN)/python -m pytest -n $(JOBS)
+
+campaign: $(INSTALLED_DEV)
+	$(BIN)/python -m pytest -m campaign
+
+check: $(INSTALLED_DEV)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+	$(BIN)/python tools/budget.py
+	$(BIN)/python tools/readme_tree.py
+
+format: $(INSTALLED_DEV)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: its CPU build must be the one that pip settles on.
+$(INSTALLED): $(SOURCES) | $(BIN)/python
+	$(PIP) install -q $(TORCH)
+	$(PIP) install -q -e .
+	@$(STATUS)
+	@touch $@
+
+$(INSTALLED_DEV): $(SOURCES) | $(BIN)/python
+	$(PIP) install -q $(TORCH)
+	$(PIP) install -q -e '.[dev]'
+	@$(STATUS)
+	@touch $(INSTALLED) $@

@@ -1,0 +1,97 @@
+// What this CPU and this operating system let us run, and the kernels that go with it.
+//
+// CPUID says what the silicon has; XGETBV says which registers the operating system saves on a context switch. An
+// instruction set is usable only with both: a hypervisor may show AVX-512 in CPUID and not save the registers.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
+namespace nemotron_h {
+namespace {
+
+#if defined(__x86_64__)
+uint64_t saved_register_state() noexcept {
+    uint32_t low, high;
+    // By hand, since the intrinsic needs -mxsave and this file is compiled for every CPU.
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (static_cast<uint64_t>(high) << 32) | low;
+}
+
+bool request_tile_permission() noexcept {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    // Linux hands out the 8 KB tile state on request only, once per process (arch/x86: ARCH_REQ_XCOMP_PERM, XTILEDATA).
+    constexpr long arch_req_xcomp_perm = 0x1023, xtiledata = 18;
+    return syscall(SYS_arch_prctl, arch_req_xcomp_perm, xtiledata) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
+CpuFeatures detect() noexcept {
+    CpuFeatures f{};
+#if defined(__x86_64__)
+    unsigned a, b, c, d;
+    auto bit = [](unsigned word, int position) { return ((word >> position) & 1u) != 0; };
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !bit(c, 27)) return f;  // 27: OSXSAVE, without which xgetbv would trap
+    const bool has_fma = bit(c, 12);
+    const uint64_t state = saved_register_state();
+    const bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6, tiles = (state & 0x60000) == 0x60000;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return f;
+    const unsigned subleaves = a;
+    f.fma = ymm && has_fma;
+    f.avx2 = ymm && bit(b, 5);
+    f.avx512f = zmm && bit(b, 16);
+    f.avx512dq = zmm && bit(b, 17);
+    f.avx512bw = zmm && bit(b, 30);
+    f.avx512vl = zmm && bit(b, 31);
+    f.avx512_vnni = zmm && bit(c, 11);
+    f.amx_bf16 = tiles && bit(d, 22);
+    f.amx_tile = tiles && bit(d, 24);
+    f.amx_int8 = tiles && bit(d, 25);
+    if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) f.avx512_bf16 = zmm && bit(a, 5);
+    f.amx_permission = f.amx_tile && request_tile_permission();
+#endif
+    return f;
+}
+
+constexpr Kernels generic_kernels = {generic::rms_norm};
+#if defined(__x86_64__)
+constexpr Kernels avx2_kernels = {avx2::rms_norm};
+constexpr Kernels avx512_kernels = {avx512::rms_norm};
+#endif
+
+}  // namespace
+
+const CpuFeatures& cpu_features() noexcept {
+    static const CpuFeatures features = detect();
+    return features;
+}
+
+Level highest_level() noexcept {
+    const CpuFeatures& f = cpu_features();
+    if (!(f.avx2 && f.fma)) return Level::generic;
+    if (!(f.avx512f && f.avx512bw && f.avx512dq && f.avx512vl && f.avx512_vnni && f.avx512_bf16)) return Level::avx2;
+    if (!(f.amx_tile && f.amx_int8 && f.amx_bf16 && f.amx_permission)) return Level::avx512;
+    return Level::amx;
+}
+
+const Kernels& kernels_of([[maybe_unused]] Level level) noexcept {
+#if defined(__x86_64__)
+    switch (level) {
+        case Level::generic: return generic_kernels;
+        case Level::avx2: return avx2_kernels;
+        case Level::avx512:
+        case Level::amx: return avx512_kernels;  // no kernel here multiplies matrices, so tiles have nothing to do yet
+    }
+#endif
+    return generic_kernels;
+}
+
+}  // namespace nemotron_h

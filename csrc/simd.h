@@ -1,0 +1,201 @@
+// Sixteen floats, the same sixteen at every level.
+//
+// Kernels are written once over f32x16. It is one AVX-512 register, two AVX2 registers or an array that the compiler may
+// vectorize as it likes; lane i always means element i, every operation is the IEEE one, rounded once, and sum() adds in
+// one fixed order. So a kernel that uses nothing else gives the same bits at every level. (Only a NaN's payload is left
+// open in float32; in bfloat16 every NaN is stored as 0x7fc0.)
+//
+// Everything sits in the level's own namespace and no std:: template is used: an inline function compiled with AVX-512
+// that the linker merged with its generic twin would crash older CPUs.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if !defined(NEMOTRON_H_LEVEL)
+#error "compile kernels with -DNEMOTRON_H_LEVEL=generic|avx2|avx512"
+#endif
+
+namespace nemotron_h {
+namespace NEMOTRON_H_LEVEL {
+
+constexpr size_t lanes = 16;
+
+struct bf16 {
+    uint16_t bits;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+#if defined(__AVX512F__)
+
+struct f32x16 {
+    __m512 v;
+};
+
+inline __mmask16 first(size_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+inline f32x16 fill(float a) { return {_mm512_set1_ps(a)}; }
+inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline f32x16 mul(f32x16 a, f32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline f32x16 add(f32x16 a, f32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+
+inline f32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline f32x16 load(const float* p, size_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+inline void store(float* p, f32x16 a) { _mm512_storeu_ps(p, a.v); }
+inline void store(float* p, f32x16 a, size_t n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+
+inline f32x16 widen(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
+inline f32x16 load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline f32x16 load(const bf16* p, size_t n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
+
+// Not vcvtneps2bf16: it reads subnormals as zero, which the other levels do not.
+inline __m256i narrow(f32x16 a) {
+    const __m512i u = _mm512_castps_si512(a.v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
+    r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    return _mm512_cvtepi32_epi16(r);
+}
+inline void store(bf16* p, f32x16 a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
+inline void store(bf16* p, f32x16 a, size_t n) { _mm256_mask_storeu_epi16(p, first(n), narrow(a)); }
+
+inline __m256 fold(f32x16 a) { return _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+#elif defined(__AVX2__)
+
+struct f32x16 {
+    __m256 lo, hi;
+};
+
+inline f32x16 fill(float a) { return {_mm256_set1_ps(a), _mm256_set1_ps(a)}; }
+inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+inline f32x16 mul(f32x16 a, f32x16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+inline f32x16 add(f32x16 a, f32x16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+
+inline f32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, f32x16 a) {
+    _mm256_storeu_ps(p, a.lo);
+    _mm256_storeu_ps(p + 8, a.hi);
+}
+
+inline __m256 widen(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
+inline f32x16 load(const bf16* p) {
+    const __m128i* q = reinterpret_cast<const __m128i*>(p);
+    return {widen(_mm_loadu_si128(q)), widen(_mm_loadu_si128(q + 1))};
+}
+
+inline __m256i narrow(__m256 a) {
+    const __m256i u = _mm256_castps_si256(a);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i r = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), nan);
+}
+inline void store(bf16* p, f32x16 a) {
+    // packus works within 128-bit halves; the permutation puts the four quarters back in order.
+    const __m256i packed = _mm256_packus_epi32(narrow(a.lo), narrow(a.hi));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+
+inline __m256 fold(f32x16 a) { return _mm256_add_ps(a.lo, a.hi); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+#else
+
+struct f32x16 {
+    float v[lanes];
+};
+
+inline f32x16 fill(float a) {
+    f32x16 r;
+    for (size_t i = 0; i < lanes; ++i) r.v[i] = a;
+    return r;
+}
+// A true fused multiply-add, in libm's software where the target has no such instruction: slow there, and exact.
+inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+    for (size_t i = 0; i < lanes; ++i) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+    return c;
+}
+inline f32x16 mul(f32x16 a, f32x16 b) {
+    for (size_t i = 0; i < lanes; ++i) a.v[i] *= b.v[i];
+    return a;
+}
+inline f32x16 add(f32x16 a, f32x16 b) {
+    for (size_t i = 0; i < lanes; ++i) a.v[i] += b.v[i];
+    return a;
+}
+
+inline uint32_t bits_of(float a) {
+    uint32_t u;
+    __builtin_memcpy(&u, &a, sizeof u);
+    return u;
+}
+inline float float_of(uint32_t u) {
+    float a;
+    __builtin_memcpy(&a, &u, sizeof a);
+    return a;
+}
+
+inline f32x16 load(const float* p) {
+    f32x16 r;
+    for (size_t i = 0; i < lanes; ++i) r.v[i] = p[i];
+    return r;
+}
+inline f32x16 load(const bf16* p) {
+    f32x16 r;
+    for (size_t i = 0; i < lanes; ++i) r.v[i] = float_of(static_cast<uint32_t>(p[i].bits) << 16);
+    return r;
+}
+inline void store(float* p, f32x16 a) {
+    for (size_t i = 0; i < lanes; ++i) p[i] = a.v[i];
+}
+inline void store(bf16* p, f32x16 a) {
+    for (size_t i = 0; i < lanes; ++i) {
+        const uint32_t u = bits_of(a.v[i]);
+        const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
+        p[i].bits = static_cast<uint16_t>(nan ? 0x7fc0u : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+    }
+}
+
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+#if !defined(__AVX512F__)
+// The first n elements, the other lanes zero; without masks, by way of a buffer. n < 16.
+template <typename T>
+inline f32x16 load(const T* p, size_t n) {
+    T buffer[lanes] = {};
+    for (size_t i = 0; i < n; ++i) buffer[i] = p[i];
+    return load(buffer);
+}
+template <typename T>
+inline void store(T* p, f32x16 a, size_t n) {
+    T buffer[lanes];
+    store(buffer, a);
+    for (size_t i = 0; i < n; ++i) p[i] = buffer[i];
+}
+#endif
+
+// The sum of the lanes in one order everywhere: i + (i + 8), then i + (i + 4), then (0 + 2) + (1 + 3).
+inline float sum(f32x16 a) {
+#if defined(__AVX2__)
+    const __m256 eight = fold(a);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
+    for (size_t half = lanes / 2; half > 0; half /= 2)
+        for (size_t i = 0; i < half; ++i) a.v[i] += a.v[i + half];
+    return a.v[0];
+#endif
+}
+
+}  // namespace NEMOTRON_H_LEVEL
+}  // namespace nemotron_h

@@ -1,0 +1,58 @@
+"""Nemotron-H language models: exact, hackable, fast on a CPU.
+
+Importing this package changes nothing in torch or transformers; `register()` does, when called. Names are loaded on
+first use, so that `import nemotron_h` and the command line start at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "LLM": "nemotron_h.generation",
+    "NemotronHConfig": "nemotron_h.configuration",
+    "NemotronHForCausalLM": "nemotron_h.modeling",
+    "NemotronHHybridDynamicCache": "nemotron_h.cache",
+    "NemotronHModel": "nemotron_h.modeling",
+    "SamplingParams": "nemotron_h.generation",
+    "demo_model": "nemotron_h.demo",
+    "presets": "nemotron_h.family",
+    "register": "nemotron_h.registration",
+    "register_block": "nemotron_h.modeling",
+}
+
+__all__ = [
+    "LLM",
+    "NemotronHConfig",
+    "NemotronHForCausalLM",
+    "NemotronHHybridDynamicCache",
+    "NemotronHModel",
+    "SamplingParams",
+    "__version__",
+    "demo_model",
+    "presets",
+    "register",
+    "register_block",
+]
+
+if TYPE_CHECKING:
+    from nemotron_h.cache import NemotronHHybridDynamicCache
+    from nemotron_h.configuration import NemotronHConfig
+    from nemotron_h.demo import demo_model
+    from nemotron_h.family import presets
+    from nemotron_h.generation import LLM, SamplingParams
+    from nemotron_h.modeling import NemotronHForCausalLM, NemotronHModel, register_block
+    from nemotron_h.registration import register
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(import_module(_WHERE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,491 @@
+"""`NemotronHHybridDynamicCache`: keys and values, convolution windows, SSM states, and which slots are padding.
+
+A slot is a column of the batch: every forward pass appends its T tokens as T slots to all rows. A row's padding takes
+slots too, is never seen by attention and never enters a convolution window or a state, so left, right and mixed padding
+are exact and `get_seq_length()` is what transformers expects, the width of the attention mask.
+
+A pass first hands its results to the layers (`update`) and commits them all at its end (`commit`): one that is
+interrupted leaves the cache as it was.
+
+Letters: B batch · S slots · K key/value heads · d head size · C conv channels · W = taps - 1 · H, P, N as in ops/ssd.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+
+from nemotron_h.configuration import NemotronHConfig
+from nemotron_h.errors import CacheError
+from nemotron_h.ops.ssd import ssd
+
+BLOCK = 256  # slots by which the key and value buffers grow
+JOURNAL = 64  # tokens that a recording cache can always take back
+
+
+class CacheLayer(CacheLayerMixin):
+    """State of one block. This base keeps none; it serves moe and mlp blocks.
+
+    A layer's tensors have the batch as first dimension and are listed in `names`: that is all that reordering,
+    selecting, repeating, saving and loading need. A block type of your own subclasses this (see examples/new_block.py).
+    """
+
+    names: tuple[str, ...] = ()
+    is_croppable = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_initialized = True
+        self.pending: tuple[Tensor, ...] | None = None
+        for name in self.names:
+            setattr(self, name, None)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.names if getattr(self, name) is not None}
+
+    def update(self, *states: Tensor) -> None:
+        """Hand over the states behind this pass, in the order of `names`; they count from `commit` on."""
+        self.pending = states
+
+    def commit(self, slots: int) -> None:
+        if self.pending is not None:
+            for name, state in zip(self.names, self.pending, strict=True):
+                setattr(self, name, state)
+            self.pending = None
+
+    def map_batch(self, change: Any) -> None:
+        for name, tensor in self.tensors().items():
+            setattr(self, name, change(tensor))
+
+    def reset(self) -> None:
+        self.pending = None
+        for name in self.names:
+            setattr(self, name, None)
+
+    def take_back(self, slots: int, length: int) -> None:
+        """Forget the last `slots` of `length` slots."""
+        if self.tensors():
+            if slots < length:
+                raise CacheError(f"{type(self).__name__} cannot be cropped: it keeps no history")
+            self.reset()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        return None
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class AttentionLayer(CacheLayer):
+    """Keys and values [B, K, capacity, d]; the buffers grow by `BLOCK` slots and `length` of them are in use."""
+
+    names = ("keys", "values")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0
+
+    def append(self, k_BKTd: Tensor, v_BKTd: Tensor) -> tuple[Tensor, Tensor]:
+        """Write this pass's keys and values behind the committed ones and return all of them."""
+        end = self.length + k_BKTd.shape[2]
+        self.keys = self._write(self.keys, k_BKTd, end)
+        self.values = self._write(self.values, v_BKTd, end)
+        if self.length == 0:
+            return k_BKTd, v_BKTd
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def _write(self, buffer: Tensor | None, new_BKTd: Tensor, end: int) -> Tensor:
+        used = None if buffer is None else buffer[:, :, : self.length]
+        if new_BKTd.requires_grad or (used is not None and used.requires_grad):
+            return new_BKTd if used is None else torch.cat([used, new_BKTd], dim=2)  # autograd wants no overwriting
+        if buffer is None or buffer.shape[2] < end:
+            batch, heads, _, size = new_BKTd.shape
+            buffer = new_BKTd.new_zeros(batch, heads, -(-end // BLOCK) * BLOCK, size)
+            if used is not None:
+                buffer[:, :, : self.length] = used
+        buffer[:, :, self.length : end] = new_BKTd
+        return buffer
+
+    def commit(self, slots: int) -> None:
+        if self.keys is not None:
+            self.length += slots
+
+    def tensors(self) -> dict[str, Tensor]:
+        if self.keys is None or self.values is None or self.length == 0:
+            return {}
+        return {"keys": self.keys[:, :, : self.length], "values": self.values[:, :, : self.length]}
+
+    def take_back(self, slots: int, length: int) -> None:
+        self.length = max(0, self.length - slots)
+
+    def reset(self) -> None:
+        super().reset()
+        self.length = 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+class Step(NamedTuple):
+    """What one pass fed to a Mamba layer: enough to run a prefix of it again. Rows are compacted (Layout.compact)."""
+
+    window_BCW: Tensor | None
+    state_BHPN: Tensor | None
+    xBC_BTC: Tensor
+    x_BTHP: Tensor
+    dt_BTH: Tensor
+    A_H: Tensor
+    B_BTGN: Tensor
+    valid_BT: Tensor | None  # of the pass's slots, not compacted
+
+    def map_batch(self, change: Any) -> Step:
+        batched = {name: change(t) for name, t in self._asdict().items() if t is not None and name != "A_H"}
+        return self._replace(**batched)
+
+
+class MambaLayer(CacheLayer):
+    """Last W inputs of the convolution [B, C, W] and the SSM state [B, H, P, N].
+
+    A recording layer also keeps a journal of the passes since the last `crop`, so that tokens can be taken back by
+    running the kept ones of that pass again from the state before it.
+    """
+
+    names = ("conv_states", "recurrent_states")
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.state_dtype = dtype
+        self.record_past = False
+        self.journal: list[Step] = []
+        self._pending_step: Step | None = None
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return self.record_past or self.recurrent_states is None
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def at_rest(self, state_BHPN: Tensor) -> Tensor:
+        """The state in `mamba_ssm_cache_dtype`; a float64 model keeps float64."""
+        wide = state_BHPN.dtype == torch.float64 and self.state_dtype == torch.float32
+        return state_BHPN if wide else state_BHPN.to(self.state_dtype)
+
+    def record(self, step: Step) -> None:
+        if self.record_past:
+            self._pending_step = step
+
+    def commit(self, slots: int) -> None:
+        super().commit(slots)
+        if self._pending_step is not None:
+            self.journal.append(self._pending_step)
+            self._pending_step = None
+        while len(self.journal) > 1 and sum(s.dt_BTH.shape[1] for s in self.journal[1:]) >= JOURNAL:
+            del self.journal[0]
+
+    def map_batch(self, change: Any) -> None:
+        super().map_batch(change)
+        self.journal = [step.map_batch(change) for step in self.journal]
+
+    def reset(self) -> None:
+        super().reset()
+        self.journal, self._pending_step = [], None
+
+    def take_back(self, slots: int, length: int) -> None:
+        if slots >= length:
+            self.reset()
+        elif self.recurrent_states is not None and slots > 0:
+            self._replay(slots)
+        self.journal.clear()
+
+    def can_take_back(self, slots: int, length: int) -> bool:
+        recorded = sum(step.dt_BTH.shape[1] for step in self.journal)
+        return slots == 0 or slots >= length or self.recurrent_states is None or slots <= recorded
+
+    def _replay(self, slots: int) -> None:
+        step = self.journal.pop()
+        while slots > step.dt_BTH.shape[1]:
+            slots -= step.dt_BTH.shape[1]
+            step = self.journal.pop()
+        kept = step.dt_BTH.shape[1] - slots
+        if step.valid_BT is None:
+            lengths_B = torch.full((step.dt_BTH.shape[0],), kept, device=step.dt_BTH.device)
+        else:
+            lengths_B = step.valid_BT[:, :kept].sum(-1)
+        self.conv_states = _window(step.window_BCW, step.xBC_BTC, lengths_B, self.conv_states.shape[2])
+        if kept == 0:
+            zero = torch.zeros_like(self.recurrent_states)
+            self.recurrent_states = zero if step.state_BHPN is None else step.state_BHPN
+            return
+        real_BT = torch.arange(kept, device=lengths_B.device) < lengths_B[:, None]
+        dt_BTH = torch.where(real_BT[..., None], step.dt_BTH[:, :kept], 0)
+        D_H, C_BTGN = torch.zeros_like(step.A_H), torch.zeros_like(step.B_BTGN[:, :kept])
+        replayed = ssd(
+            step.x_BTHP[:, :kept], dt_BTH, step.A_H, step.B_BTGN[:, :kept], C_BTGN, D_H, kept, step.state_BHPN
+        )
+        self.recurrent_states = self.at_rest(replayed.final_state)
+
+
+def _window(window_BCW: Tensor | None, xBC_BTC: Tensor, lengths_B: Tensor, width: int) -> Tensor:
+    inputs_BTC = xBC_BTC
+    past_BWC = inputs_BTC.new_zeros(inputs_BTC.shape[0], width, inputs_BTC.shape[2])
+    if window_BCW is not None:
+        past_BWC = window_BCW.transpose(1, 2)
+    index_BW = lengths_B[:, None] + torch.arange(width, device=lengths_B.device)
+    all_BSC = torch.cat([past_BWC, inputs_BTC], dim=1)
+    return all_BSC.gather(1, index_BW[..., None].expand(-1, -1, all_BSC.shape[2])).transpose(1, 2)
+
+
+LAYERS: dict[str, Any] = {
+    "mamba": lambda config: MambaLayer(getattr(torch, config.mamba_ssm_cache_dtype)),
+    "attention": lambda config: AttentionLayer(),
+}
+"""Block type to cache layer; block types that are not listed keep no state."""
+
+
+class NemotronHHybridDynamicCache(Cache):
+    """The cache of a Nemotron-H model; grows with every pass, holds any batch of rows with any padding.
+
+    Args:
+        config: Decides the layers and the dtype of SSM states.
+        batch_size, dtype, device: Accepted as in earlier versions of transformers; the first pass decides them.
+
+    Attributes:
+        slots_valid_BS: False at padding slots; None while no row ever had padding.
+    """
+
+    def __init__(
+        self,
+        config: NemotronHConfig,
+        batch_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        types = config.layers_block_type
+        super().__init__(layers=[LAYERS.get(t, lambda _: CacheLayer())(config) for t in types])  # type: ignore[arg-type]
+        self.length = 0
+        self.slots_valid_BS: Tensor | None = None
+        self._batch: int | None = None
+
+    @classmethod
+    def adopt(cls, cache: Any, config: NemotronHConfig) -> NemotronHHybridDynamicCache:
+        """Ours as it is; an empty `DynamicCache` turned into ours in place, so that the caller's reference stays good.
+
+        Raises:
+            CacheError: any other cache.
+        """
+        if isinstance(cache, cls):
+            if len(cache.layers) != config.num_hidden_layers:
+                raise CacheError(f"the cache has {len(cache.layers)} layers, the model {config.num_hidden_layers}")
+            return cache
+        filled = any(getattr(layer, "is_initialized", False) for layer in getattr(cache, "layers", [None]))
+        if type(cache) is not DynamicCache or filled or cache.offloading:
+            raise CacheError(
+                f"past_key_values must be a NemotronHHybridDynamicCache(config) or an empty DynamicCache; got"
+                f" {'a filled ' if filled else ''}{type(cache).__name__}: it cannot hold this model's state"
+            )
+        cache.__class__ = cls  # type: ignore[assignment]  # both are plain Python subclasses of Cache
+        cache.__dict__.clear()
+        cache.__init__(config)  # type: ignore[misc]
+        return cache  # type: ignore[return-value]
+
+    def check_batch(self, batch: int) -> None:
+        if self._batch not in (None, batch):
+            raise CacheError(f"the cache holds {self._batch} rows, the input has {batch}")
+
+    def slots_valid(self, valid_BT: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor | None:
+        """Validity of all slots once this pass's are appended, or None when all are real."""
+        if valid_BT is None and self.slots_valid_BS is None:
+            return None
+        past_BS = self.slots_valid_BS
+        if past_BS is None:
+            past_BS = torch.ones(batch, self.length, dtype=torch.bool, device=device)
+        if valid_BT is None:
+            valid_BT = torch.ones(batch, tokens, dtype=torch.bool, device=device)
+        return torch.cat([past_BS, valid_BT], dim=1)
+
+    def commit(self, batch: int, tokens: int, slots_valid_BS: Tensor | None) -> None:
+        """End of a pass: its slots and states count from here on."""
+        for layer in self.layers:
+            layer.commit(tokens)  # type: ignore[union-attr]
+        self.length += tokens
+        self.slots_valid_BS = slots_valid_BS
+        self._batch = batch
+
+    # What transformers asks of a cache.
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Slots in the cache, padding included; also for stacks without attention."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return self.length > 0
+
+    @property
+    def row_lengths(self) -> list[int]:
+        """Real tokens of each row."""
+        if self.slots_valid_BS is None:
+            return [self.length] * (self._batch or 0)
+        return self.slots_valid_BS.sum(-1).tolist()
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self._batch is None else self._batch
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.length > 0
+
+    def reset(self) -> None:
+        super().reset()
+        self.length, self.slots_valid_BS, self._batch = 0, None, None
+
+    def _map_batch(self, change: Any) -> None:
+        for layer in self.layers:
+            layer.map_batch(change)  # type: ignore[union-attr]
+        if self.slots_valid_BS is not None:
+            self.slots_valid_BS = change(self.slots_valid_BS)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows `beam_idx` [B], as beam search wants."""
+        self._map_batch(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self._batch = None if self._batch is None else len(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`: ids or a boolean mask."""
+        indices = torch.as_tensor(indices)
+        self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times in a row."""
+        self._map_batch(lambda t: t.repeat_interleave(repeats, dim=0))
+        self._batch = None if self._batch is None else self._batch * repeats
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` slots (transformers' sign: zero or negative).
+
+        Attention can return to any slot. Mamba states can return to zero, and, after `activate_past_recording()`, to
+        any slot since the last crop, 64 slots at least; `crop(0)` ends that history.
+
+        Raises:
+            CacheError: a positive number, or a position that cannot be restored; the cache is then unchanged.
+        """
+        slots = -tokens_to_remove
+        if slots < 0:
+            raise CacheError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
+        slots = min(slots, self.length)
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, MambaLayer) and not layer.can_take_back(slots, self.length):
+                raise CacheError(
+                    f"crop({tokens_to_remove}): the Mamba state of layer {index} cannot return to slot"
+                    f" {self.length - slots}; call activate_past_recording() before the tokens to be taken back,"
+                    " or compute the prefix again"
+                )
+        for layer in self.layers:
+            layer.take_back(slots, self.length)  # type: ignore[union-attr]
+        self.length -= slots
+        if self.slots_valid_BS is not None:
+            self.slots_valid_BS = self.slots_valid_BS[:, : self.length]
+
+    # Lists by layer, as earlier versions of transformers had them.
+
+    def _list(self, kind: type[CacheLayer], name: str) -> list[Tensor]:
+        empty = torch.empty(0)
+        return [layer.tensors().get(name, empty) if isinstance(layer, kind) else empty for layer in self.layers]
+
+    @property
+    def conv_states(self) -> list[Tensor]:
+        return self._list(MambaLayer, "conv_states")
+
+    @property
+    def ssm_states(self) -> list[Tensor]:
+        return self._list(MambaLayer, "recurrent_states")
+
+    @property
+    def key_cache(self) -> list[Tensor]:
+        return self._list(AttentionLayer, "keys")
+
+    @property
+    def value_cache(self) -> list[Tensor]:
+        return self._list(AttentionLayer, "values")
+
+    # Files.
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to one safetensors file, atomically. The journal of a recording cache is not kept."""
+        tensors = {
+            f"{index}.{name}": tensor.detach().contiguous()
+            for index, layer in enumerate(self.layers)
+            for name, tensor in layer.tensors().items()  # type: ignore[union-attr]
+        }
+        if self.slots_valid_BS is not None:
+            tensors["slots_valid"] = self.slots_valid_BS.contiguous()
+        metadata = {"format": "nemotron_h.cache", "length": str(self.length), "batch": str(self.batch_size)}
+        temporary = Path(f"{os.fspath(path)}.tmp-{os.getpid()}")
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], config: NemotronHConfig, device: str | torch.device = "cpu"
+    ) -> NemotronHHybridDynamicCache:
+        """Read what `save` wrote, for a model of the same `config`.
+
+        Raises:
+            CacheError: not such a file, or of another model.
+        """
+        cache = cls(config)
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CacheError(f"{path}: not a readable cache file ({error})") from error
+        except Exception as error:  # safetensors' own exception derives from Exception only
+            raise CacheError(f"{path}: not a safetensors file ({error})") from error
+        if metadata.get("format") != "nemotron_h.cache":
+            raise CacheError(f"{path}: not a cache file of this package")
+        cache._fill(tensors, int(metadata["length"]), int(metadata["batch"]), os.fspath(path))
+        return cache
+
+    def _fill(self, tensors: dict[str, Tensor], length: int, batch: int, path: str) -> None:
+        self.slots_valid_BS = tensors.pop("slots_valid", None)
+        for index, layer in enumerate(self.layers):
+            for name in layer.names:  # type: ignore[union-attr]
+                if (tensor := tensors.pop(f"{index}.{name}", None)) is not None:
+                    setattr(layer, name, tensor)
+            if isinstance(layer, AttentionLayer) and layer.keys is not None:
+                layer.length = length
+        if tensors:
+            raise CacheError(f"{path}: of another model; {', '.join(sorted(tensors)[:5])} have no place in this one")
+        self.length, self._batch = length, None if batch < 0 else batch

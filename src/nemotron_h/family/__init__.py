@@ -1,0 +1,59 @@
+"""The family as data: field table, spellings, rules, block types, presets, parameter and memory arithmetic.
+
+Nothing in this package imports torch or transformers, so that `nemotron-h info` answers at once.
+"""
+
+from nemotron_h.family.arithmetic import (
+    DTYPE_BYTES,
+    CacheBytes,
+    Count,
+    Layer,
+    cache_bytes,
+    count,
+    describe,
+    layer,
+    mtp_layer,
+    mtp_tensors,
+    tensors,
+)
+from nemotron_h.family.blocks import BLOCKS, BlockType, pattern
+from nemotron_h.family.blocks import add as add_block
+from nemotron_h.family.fields import ACTIVATIONS, ALIASES, FIELDS, MOE_FIELDS, Field
+from nemotron_h.family.presets import PRESETS, preset, presets
+from nemotron_h.family.rules import check, check_field
+from nemotron_h.family.spelling import CODE_KEYS, INERT, canonical_name, decode, override, read, refuse_typo
+
+__all__ = [
+    "ACTIVATIONS",
+    "ALIASES",
+    "BLOCKS",
+    "CODE_KEYS",
+    "DTYPE_BYTES",
+    "FIELDS",
+    "INERT",
+    "MOE_FIELDS",
+    "PRESETS",
+    "BlockType",
+    "CacheBytes",
+    "Count",
+    "Field",
+    "Layer",
+    "add_block",
+    "cache_bytes",
+    "canonical_name",
+    "check",
+    "check_field",
+    "count",
+    "decode",
+    "describe",
+    "layer",
+    "mtp_layer",
+    "mtp_tensors",
+    "override",
+    "pattern",
+    "preset",
+    "presets",
+    "read",
+    "refuse_typo",
+    "tensors",
+]

@@ -1,0 +1,385 @@
+"""`LLM`: prompts in, texts out; one sequence after the other.
+
+Letters: B = 1 row · T tokens · V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemotron_h.cache import NemotronHHybridDynamicCache
+from nemotron_h.errors import InputError, ModelNotFoundError, UnsupportedError
+from nemotron_h.generation.params import SamplingParams
+from nemotron_h.generation.sampler import Sampler, top_logprobs
+from nemotron_h.generation.text import StopTexts, Text
+from nemotron_h.modeling import NemotronHForCausalLM
+
+Prompt = str | Sequence[int]
+
+# Base checkpoints declare 11 (<|im_end|>, <SPECIAL_11>) and end documents with 2 (</s>); chat ones the other way round.
+FAMILY_STOP_IDS = (2, 11)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sample. finish_reason: "stop", "length" or "error" (`error` says why)."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[dict[int, float]] | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """Answer to one prompt: `outputs` holds its n samples, the other attributes are those of the first."""
+
+    prompt_token_ids: list[int]
+    outputs: list[Completion]
+    usage: Usage
+    prompt_logprobs: list[dict[int, float] | None] | None = None
+
+    @property
+    def text(self) -> str:
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> str:
+        return self.outputs[0].finish_reason
+
+    @property
+    def logprobs(self) -> list[dict[int, float]] | None:
+        return self.outputs[0].logprobs
+
+    @property
+    def error(self) -> str | None:
+        return self.outputs[0].error
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step of a stream: a token and the text that is certain with it. The last event has a finish_reason, and no
+    token_id when only held-back text was left."""
+
+    text: str
+    token_id: int | None
+    logprobs: dict[int, float] | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+
+
+@dataclass
+class _Phase:
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class _Prefilled:
+    """A prompt that the model has read: logits of its last token and the cache behind it."""
+
+    logits_V: Tensor
+    cache: NemotronHHybridDynamicCache
+    prompt_logprobs: list[dict[int, float] | None] | None = None
+
+
+@dataclass
+class _Stats:
+    steps: int = 0
+    prefill: _Phase = field(default_factory=_Phase)
+    decode: _Phase = field(default_factory=_Phase)
+
+
+class LLM:
+    """A model ready to write.
+
+    Args:
+        model: Checkpoint directory, hub id, or a `NemotronHForCausalLM`.
+        dtype: "auto" keeps the checkpoint's.
+        device: Where the model runs.
+        threads: CPU threads while generating; None leaves torch's setting.
+        max_model_len: Longest prompt plus text; None is the config's `max_position_embeddings`.
+        quantization, speculative, adapters: Not in this version (`UnsupportedError`).
+        max_num_seqs, prefix_cache, num_speculative_tokens: Accepted; this engine runs one sequence at a time, without.
+
+    Raises:
+        ModelNotFoundError, CheckpointError, ConfigError: as `NemotronHForCausalLM.from_pretrained`.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | NemotronHForCausalLM,
+        quantization: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "cpu",
+        threads: int | None = None,
+        max_num_seqs: int = 16,
+        max_model_len: int | None = None,
+        prefix_cache: bool = True,
+        speculative: str | None = None,
+        num_speculative_tokens: int = 3,
+        adapters: Mapping[str, str] | None = None,
+    ) -> None:
+        unsupported = {"quantization": quantization, "speculative": speculative, "adapters": adapters}
+        for name, value in unsupported.items():
+            if value:
+                raise UnsupportedError(f"LLM({name}={value!r}) is not in this version; leave it out")
+        for name, value in {"threads": threads, "max_model_len": max_model_len}.items():
+            if value is not None and (type(value) is not int or value < 1):
+                raise InputError(f"{name}={value!r}: must be an integer >= 1 or None")
+        if isinstance(model, NemotronHForCausalLM):
+            self.model, self._text = model, Text(None)
+        else:
+            name = os.fspath(model)
+            if name.endswith(".gguf"):
+                raise UnsupportedError(f"{name}: GGUF files are not read by this version")
+            if Path(name).is_file():
+                raise ModelNotFoundError(f"{name}: a file; give the directory that holds config.json and the weights")
+            self.model = NemotronHForCausalLM.from_pretrained(name, dtype=dtype).to(device)
+            self._text = Text.load(name)
+        self.model.eval()
+        self.threads = threads
+        self.max_model_len = max_model_len or self.model.config.max_position_embeddings
+        self._stats = _Stats()
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, or None."""
+        return self._text.tokenizer
+
+    @property
+    def stop_token_ids(self) -> set[int]:
+        """Tokens that end a text: generation_config's, the config's, and the family's."""
+        ids: set[int] = {i for i in FAMILY_STOP_IDS if i < self.config.vocab_size}
+        for declared in (self.model.generation_config.eos_token_id, self.config.eos_token_id):
+            ids |= set(declared if isinstance(declared, list | tuple) else [] if declared is None else [declared])
+        return ids
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Result]:
+        """One `Result` per prompt, in order.
+
+        Args:
+            prompts: A text, a list of token ids, or a list of either.
+            params: For all prompts, or one for each. Default: `SamplingParams()`.
+
+        Raises:
+            InputError: an empty prompt, ids outside the vocabulary, a prompt beyond `max_model_len`.
+        """
+        listed = _as_list(prompts)
+        chosen = [params or SamplingParams()] * len(listed) if not isinstance(params, Sequence) else list(params)
+        if len(chosen) != len(listed):
+            raise InputError(f"{len(chosen)} params for {len(listed)} prompts: give one for all, or one for each")
+        ready = [
+            (self._encode(prompt), p) for prompt, p in zip(listed, chosen, strict=True)
+        ]  # all errors before any work
+        for _, p in ready:
+            self._check_params(p)
+        return [self._answer(ids, p) for ids, p in ready]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Event]:
+        """The text of one prompt while it grows; `Event.text` pieces joined are `Result.text`. Errors as `generate`."""
+        params = params or SamplingParams()
+        ids = self._encode(prompt)
+        self._check_params(params)
+        if params.n != 1:
+            raise InputError(f"stream() writes one text, params.n is {params.n}")
+        return self._events(ids, params, self._prefill(ids, params), 0)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Result:
+        """The assistant's next turn, by the checkpoint's chat template; special tokens in messages are plain text."""
+        return self.generate([self.encode_chat(messages, tools, chat_template_kwargs)], params)[0]
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation, for `generate` and `stream`."""
+        return self._text.encode_chat(messages, tools, chat_template_kwargs or {})
+
+    def score(self, prompts: Prompt | Sequence[Prompt]) -> list[list[float | None]]:
+        """Log-probability of every prompt token given those before it; None for the first."""
+        scores = []
+        for ids in [self._encode(prompt) for prompt in _as_list(prompts)]:
+            logprobs_TV = self._forward(ids, None, all_logits=True)[0].log_softmax(-1)
+            actual = logprobs_TV[:-1].gather(1, torch.tensor(ids[1:], dtype=torch.long)[:, None])[:, 0]
+            scores.append([None, *actual.tolist()])
+        return scores
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start; those of features that this engine lacks are 0."""
+        s = self._stats
+        phases = {"prefill": s.prefill, "decode": s.decode}
+        return {
+            "steps": s.steps,
+            "drafted": 0,
+            "accepted": 0,
+            "free_blocks": 0,
+            "total_blocks": 0,
+            "cache_hits": 0,
+            "cache_bytes": 0,
+            "tokens": {name: phase.tokens for name, phase in phases.items()},
+            "seconds": {name: phase.seconds for name, phase in phases.items()},
+        }
+
+    # Checking
+
+    def _encode(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            ids = self._text.encode(prompt)
+        elif isinstance(prompt, Sequence) and all(type(i) is int for i in prompt):
+            ids = list(prompt)
+        else:
+            raise InputError(f"a prompt must be a text or a list of token ids, got {type(prompt).__name__}")
+        if not ids:
+            raise InputError("the prompt is empty: give at least one token")
+        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
+            raise InputError(f"token ids must lie in [0, {self.config.vocab_size}), got {min(ids)} to {max(ids)}")
+        if len(ids) >= self.max_model_len:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, max_model_len={self.max_model_len} leaves no room for text"
+            )
+        return ids
+
+    def _check_params(self, params: SamplingParams) -> None:
+        if not isinstance(params, SamplingParams):
+            raise InputError(f"params must be SamplingParams, got {type(params).__name__}")
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            if ids and max(ids) >= self.config.vocab_size:
+                raise InputError(f"{name} has id {max(ids)}, the vocabulary ends at {self.config.vocab_size - 1}")
+        if params.stops and self.tokenizer is None:
+            raise InputError("stop texts need a tokenizer, which this checkpoint lacks: use stop_token_ids")
+
+    # Running
+
+    def _answer(self, ids: list[int], params: SamplingParams) -> Result:
+        prefilled = self._prefill(ids, params)
+        outputs = []
+        for sample in range(params.n):
+            own = prefilled if sample == params.n - 1 else copy.deepcopy(prefilled)
+            outputs.append(_collect(self._events(ids, params, own, sample), params))
+        usage = Usage(len(ids), sum(len(output.token_ids) for output in outputs))
+        return Result(ids, outputs, usage, prefilled.prompt_logprobs)
+
+    def _prefill(self, ids: list[int], params: SamplingParams) -> _Prefilled:
+        start, count = time.perf_counter(), params.prompt_logprobs
+        logits_TV, cache = self._forward(ids, NemotronHHybridDynamicCache(self.config), all_logits=count is not None)
+        assert cache is not None
+        prefilled = _Prefilled(logits_TV[-1], cache)
+        if count is not None:
+            rows = logits_TV[:-1].log_softmax(-1)
+            known = [top_logprobs(row_V, token, count) for row_V, token in zip(rows, ids[1:], strict=True)]
+            prefilled.prompt_logprobs = [None, *known]
+        self._stats.prefill.tokens += len(ids)
+        self._stats.prefill.seconds += time.perf_counter() - start
+        return prefilled
+
+    def _events(self, ids: list[int], params: SamplingParams, prefilled: _Prefilled, sample: int) -> Iterator[Event]:
+        sampler, decoder, stops = Sampler(params, ids, sample), self._text.decoder(), StopTexts(params.stops)
+        ends = set(params.stop_token_ids or []) | (set() if params.ignore_eos else self.stop_token_ids)
+        room = min(params.max_tokens, self.max_model_len - len(ids))
+        logits_V, cache = prefilled.logits_V, prefilled.cache
+        for step in range(room):
+            if not bool(logits_V.isfinite().all()):
+                yield Event(stops.finish(), None, None, "error", "the model's logits are not finite")
+                return
+            token = sampler.choose(logits_V)
+            logprobs = None
+            if params.logprobs is not None:
+                logprobs = top_logprobs(logits_V.log_softmax(-1), token, params.logprobs)
+            ended, last = token in ends, step == room - 1
+            text = stops.push("" if ended else decoder.push(token))
+            if not stops.stopped and (ended or last):
+                text += stops.push(decoder.finish())
+                text += "" if stops.stopped else stops.finish()
+            if ended or last or stops.stopped:
+                yield Event(text, token, logprobs, "stop" if ended or stops.stopped else "length")
+                return
+            yield Event(text, token, logprobs)
+            start = time.perf_counter()
+            logits_V = self._forward([token], cache)[0][-1]
+            self._stats.decode.tokens += 1
+            self._stats.decode.seconds += time.perf_counter() - start
+
+    @torch.no_grad()
+    def _forward(
+        self, ids: list[int], cache: NemotronHHybridDynamicCache | None, all_logits: bool = False
+    ) -> tuple[Tensor, NemotronHHybridDynamicCache | None]:
+        """Logits [T or 1, V] on the CPU, and the extended cache."""
+        input_ids = torch.tensor([ids], dtype=torch.long, device=self.model.device)
+        with _threads(self.threads):
+            out = self.model(
+                input_ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=0 if all_logits else 1
+            )
+        self._stats.steps += 1
+        return out.logits[0].float().cpu(), out.past_key_values
+
+
+def _collect(events: Iterator[Event], params: SamplingParams) -> Completion:
+    collected = list(events)
+    last = collected[-1]
+    return Completion(
+        text="".join(event.text for event in collected),
+        token_ids=[event.token_id for event in collected if event.token_id is not None],
+        finish_reason=last.finish_reason or "length",
+        logprobs=None if params.logprobs is None else [e.logprobs for e in collected if e.logprobs is not None],
+        error=last.error,
+    )
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence) or not prompts:
+        raise InputError("the prompt is empty: give a text, a list of token ids, or a list of either")
+    return [prompts] if all(type(i) is int for i in prompts) else list(prompts)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    if count is None or count == torch.get_num_threads():
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

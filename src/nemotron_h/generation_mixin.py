@@ -1,0 +1,101 @@
+"""What transformers' `generate` needs from the model: our cache, our masks, our first step.
+
+Each method overrides a hook of transformers' `GenerationMixin`; tests/transformers holds a canary for each.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+from nemotron_h.cache import NemotronHHybridDynamicCache
+from nemotron_h.errors import UnsupportedError
+
+logger = logging.getLogger("nemotron_h")
+_base: Any = GenerationMixin  # its methods are typed for a protocol that only whole models fulfil
+
+
+class NemotronHGenerationMixin(GenerationMixin):
+    """Mixed into `NemotronHForCausalLM`."""
+
+    _is_stateful = False  # with it, transformers would refuse assisted decoding and prompt lookup
+
+    def _prepare_cache_for_generation(
+        self: Any,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Put our cache into `model_kwargs`; a caller's is checked, an empty DynamicCache becomes ours."""
+        if max_cache_length + 1 > self.config.max_position_embeddings:
+            _warn_length(max_cache_length + 1, self.config.max_position_embeddings)
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            model_kwargs["past_key_values"] = NemotronHHybridDynamicCache.adopt(given, self.config)
+            _base._prepare_cache_for_generation(
+                self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+            return
+        if generation_config.use_cache is False:
+            return
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise UnsupportedError(
+                f"cache_implementation={generation_config.cache_implementation!r} cannot hold Mamba states: leave it out"
+                " to get NemotronHHybridDynamicCache"
+            )
+        cache = NemotronHHybridDynamicCache(self.config)
+        if getattr(generation_config, "is_assistant", False):
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+
+    def prepare_inputs_for_generation(
+        self: Any,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As transformers', except for the prompt's logits: `config.num_logits_to_keep` of them, and with right
+        padding those of each row's last real token."""
+        if is_first_iteration and isinstance(kwargs.get("logits_to_keep"), int) and kwargs["logits_to_keep"] == 1:
+            kwargs["logits_to_keep"] = self._prompt_logits(attention_mask)
+        return _base.prepare_inputs_for_generation(
+            self,
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def _prompt_logits(self: Any, attention_mask: Tensor | None) -> int | Tensor:
+        if attention_mask is not None and attention_mask.dim() == 2 and not bool(attention_mask[:, -1].all()):
+            position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+            return (position * attention_mask.bool()).argmax(-1, keepdim=True)
+        return self.config.num_logits_to_keep or 0
+
+    def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """A checkpoint's own generate.py is never run."""
+        raise OSError("custom generate code in a checkpoint is not run by this package")
+
+
+_warned: set[int] = set()
+
+
+def _warn_length(length: int, limit: int) -> None:
+    if limit not in _warned:
+        _warned.add(limit)
+        logger.warning(
+            "generate may reach %d tokens; the model was trained with max_position_embeddings=%d", length, limit
+        )

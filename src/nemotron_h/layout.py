@@ -1,0 +1,198 @@
+"""Where the tokens of a forward pass stand: padding, packed documents, and what lies before them in the cache.
+
+Letters: B batch · T tokens of this pass · S slots, cached ones and then this pass's T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nemotron_h.errors import InputError
+from nemotron_h.ops.tracing import tracing
+
+
+@dataclass
+class Recorder:
+    """What a caller asked to see of the inside, by layer; filled during the pass (again, when it is recomputed)."""
+
+    attentions: dict[int, Tensor] | None = None
+    router_logits: dict[int, Tensor] | None = None
+    experts: dict[int, Tensor] | None = None
+    ssm_states: dict[int, Tensor] | None = None
+
+
+@dataclass
+class Layout:
+    """What a mixer must know about its tokens beside their hidden states.
+
+    valid_BT       False at padding; None when every token is real.
+    slots_valid_BS the same for cached and present tokens; None when all are real.
+    seq_idx_BT     document of each token in a packed row, ascending; None when rows are single documents.
+    past           slots in the cache before this pass.
+    tokens         T.
+    """
+
+    tokens: int
+    past: int = 0
+    valid_BT: Tensor | None = None
+    slots_valid_BS: Tensor | None = None
+    seq_idx_BT: Tensor | None = None
+    recorder: Recorder = field(default_factory=Recorder)
+    _visible: dict[int | None, Tensor | None] = field(default_factory=dict)
+    _order: tuple[Tensor, Tensor] | None = None
+
+    def first(self, tokens: int) -> Layout:
+        """The layout of the first `tokens` tokens alone, without a cache; nothing of it is recorded."""
+        valid_BT = None if self.valid_BT is None else self.valid_BT[:, :tokens]
+        seq_idx_BT = None if self.seq_idx_BT is None else self.seq_idx_BT[:, :tokens]
+        return Layout(tokens, 0, valid_BT, valid_BT, seq_idx_BT)
+
+    def zero_padding(self, x_BTC: Tensor) -> Tensor:
+        return x_BTC if self.valid_BT is None else torch.where(self.valid_BT[..., None], x_BTC, 0)
+
+    @property
+    def lengths_B(self) -> Tensor | None:
+        """Real tokens of each row, or None when all are."""
+        return None if self.valid_BT is None else self.valid_BT.sum(-1)
+
+    def compact(self, x_BTC: Tensor) -> Tensor:
+        """Move each row's real tokens to its front, in order: recurrences then never meet padding."""
+        return x_BTC if self.valid_BT is None else _take(x_BTC, self._orders()[0])
+
+    def expand(self, x_BTC: Tensor) -> Tensor:
+        """Undo `compact`."""
+        return x_BTC if self.valid_BT is None else _take(x_BTC, self._orders()[1])
+
+    def compact_valid_BT(self) -> Tensor | None:
+        """`valid_BT` of compacted rows."""
+        lengths_B = self.lengths_B
+        if lengths_B is None:
+            return None
+        return torch.arange(self.tokens, device=lengths_B.device) < lengths_B[:, None]
+
+    def compact_seq_idx_BT(self) -> Tensor | None:
+        """`seq_idx_BT` of compacted rows; padding at the end continues the last document."""
+        if self.seq_idx_BT is None or self.valid_BT is None:
+            return self.seq_idx_BT
+        moved_BT = self.seq_idx_BT.gather(1, self._orders()[0])
+        padding_BT = self.compact_valid_BT()
+        assert padding_BT is not None
+        return torch.where(padding_BT, moved_BT, self.seq_idx_BT.amax(-1, keepdim=True))
+
+    def _orders(self) -> tuple[Tensor, Tensor]:
+        if self._order is None:
+            assert self.valid_BT is not None
+            order_BT = self.valid_BT.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
+            self._order = order_BT, order_BT.argsort(dim=-1)
+        return self._order
+
+    def is_causal(self, window: int | None) -> bool:
+        """Whether plain causal attention over this pass's own tokens is all there is."""
+        plain = self.slots_valid_BS is None and self.seq_idx_BT is None and self.past == 0
+        return plain and (window is None or window >= self.tokens)
+
+    def visible(self, window: int | None, device: torch.device) -> Tensor | None:
+        """Which slots a token sees: boolean, broadcastable to [B, 1, T, S]; None means all.
+
+        A padding token sees itself and what a real one would, so that no row of a softmax is empty.
+        """
+        if window not in self._visible:
+            self._visible[window] = self._make_visible(window, device)
+        return self._visible[window]
+
+    def _make_visible(self, window: int | None, device: torch.device) -> Tensor | None:
+        slots = self.past + self.tokens
+        if self.slots_valid_BS is None and self.tokens == 1 and (window is None or slots <= window):
+            return None
+        slot_S = torch.arange(slots, device=device)
+        slot_T1 = slot_S[self.past :, None]
+        seen = (slot_S <= slot_T1)[None, None]
+        if self.slots_valid_BS is not None:
+            seen = seen & self.slots_valid_BS[:, None, None]
+        if self.seq_idx_BT is not None:
+            seen = seen & (self.seq_idx_BT[:, None, :, None] == self.seq_idx_BT[:, None, None, :])
+        if window is not None:
+            position = slot_S[None] if self.slots_valid_BS is None else self.slots_valid_BS.long().cumsum(-1)
+            seen = seen & (position[:, None, self.past :, None] - position[:, None, None, :] < window)
+        return seen | (slot_S == slot_T1)
+
+
+def _take(x_BTC: Tensor, order_BT: Tensor) -> Tensor:
+    index = order_BT.reshape(order_BT.shape + (1,) * (x_BTC.dim() - 2)).expand(x_BTC.shape)
+    return x_BTC.gather(1, index)
+
+
+def validity(attention_mask: Tensor | None, batch: int, tokens: int, past: int) -> Tensor | None:
+    """`valid_BT` of this pass from a 2-D mask over its tokens, or over cached and present ones.
+
+    Returns None when all tokens are real, which a traced or meta tensor cannot tell.
+
+    Raises:
+        InputError: other shapes, or values other than 0 and 1.
+    """
+    if attention_mask is None:
+        return None
+    if (
+        attention_mask.dim() != 2
+        or attention_mask.shape[0] != batch
+        or attention_mask.shape[1] not in (tokens, past + tokens)
+    ):
+        raise InputError(
+            f"attention_mask must be [batch, tokens] = [{batch}, {tokens}]"
+            + (f" or [{batch}, {past + tokens}] with the cached ones" if past else "")
+            + f", 1 for real tokens and 0 for padding; got {list(attention_mask.shape)}"
+        )
+    mask_BT = attention_mask[:, -tokens:] if tokens else attention_mask[:, :0]
+    if not readable(mask_BT):
+        return mask_BT.bool()
+    if mask_BT.dtype != torch.bool and bool(((mask_BT != 0) & (mask_BT != 1)).any()):
+        raise InputError("attention_mask must hold 1 for real tokens and 0 for padding; got other values")
+    return None if bool(mask_BT.all()) else mask_BT.bool()
+
+
+def documents(
+    batch: int,
+    tokens: int,
+    seq_idx: Tensor | None,
+    cu_seq_lens: Tensor | None,
+    position_ids: Tensor | None,
+) -> Tensor | None:
+    """`seq_idx_BT` from whichever description of packed rows is given; None when rows are single documents.
+
+    Raises:
+        InputError: shapes that do not fit, or document numbers that descend.
+    """
+    if seq_idx is not None:
+        if seq_idx.shape != (batch, tokens):
+            raise InputError(f"seq_idx must be [batch, tokens] = [{batch}, {tokens}], got {list(seq_idx.shape)}")
+        if readable(seq_idx) and bool((seq_idx.diff(dim=-1) < 0).any()):
+            raise InputError("seq_idx must not descend along a row: documents are packed one after the other")
+        return seq_idx.long()
+    if cu_seq_lens is not None:
+        return _from_lengths(batch, tokens, cu_seq_lens)
+    if position_ids is None or tokens < 2:
+        return None
+    if position_ids.dim() != 2 or position_ids.shape[1] != tokens or position_ids.shape[0] not in (1, batch):
+        raise InputError(f"position_ids must be [{batch}, {tokens}], got {list(position_ids.shape)}")
+    starts_BT = torch.nn.functional.pad(position_ids.diff(dim=-1) != 1, (1, 0))
+    if readable(starts_BT) and not bool(starts_BT.any()):
+        return None
+    return starts_BT.long().cumsum(-1).expand(batch, -1)
+
+
+def _from_lengths(batch: int, tokens: int, cu_seq_lens: Tensor) -> Tensor:
+    bad = batch != 1 or cu_seq_lens.dim() != 1 or cu_seq_lens.shape[0] < 2
+    if not bad and readable(cu_seq_lens):
+        bad = int(cu_seq_lens[0]) != 0 or int(cu_seq_lens[-1]) != tokens or bool((cu_seq_lens.diff() < 0).any())
+    if bad:
+        raise InputError(f"cu_seq_lens_q must ascend from 0 to the {tokens} tokens of a single row, got {cu_seq_lens}")
+    token_T = torch.arange(tokens, device=cu_seq_lens.device)
+    return torch.searchsorted(cu_seq_lens[1:].long().contiguous(), token_T, right=True)[None]
+
+
+def readable(t: Tensor) -> bool:
+    """Whether Python may look at the values: not on `meta`, not while tracing."""
+    return not tracing() and not t.is_meta and type(t) is Tensor

@@ -1,0 +1,597 @@
+"""Nemotron-H: Mamba-2, attention, MLP and mixture-of-experts blocks in one residual stream, and an MTP head.
+
+Every block is `x = x + mixer(norm(x))`; a mixer takes hidden states, the layout of the tokens and its part of the
+cache, and returns one tensor. The mathematics of each step is in `ops/` (contract, reference, kernels); this file is
+the figure.
+
+Letters: B batch · T tokens · D hidden_size · V vocab_size · H Mamba heads · P Mamba head size · I = H·P · G groups ·
+N state size · C = I + 2·G·N conv channels · Q query heads · K key/value heads · d head size · E experts · k experts per
+token · F expert width · L latent width · M = B·T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from nemotron_h import cache as caches
+from nemotron_h import family, losses
+from nemotron_h.cache import CacheLayer, NemotronHHybridDynamicCache
+from nemotron_h.configuration import NemotronHConfig
+from nemotron_h.errors import InputError
+from nemotron_h.family import BlockType, Layer
+from nemotron_h.generation_mixin import NemotronHGenerationMixin
+from nemotron_h.inputs import keep_positions, ordered, prepare
+from nemotron_h.layout import Layout
+from nemotron_h.ops.activations import activation
+from nemotron_h.ops.attention import attention
+from nemotron_h.ops.causal_conv1d import ConvResult, causal_conv1d
+from nemotron_h.ops.moe import experts, load
+from nemotron_h.ops.norm import gated_rms_norm, rms_norm
+from nemotron_h.ops.router import Routing, route
+from nemotron_h.ops.ssd import ssd, time_step
+from nemotron_h.pretrained import NemotronHPreTrainedModel
+
+
+class NemotronHRMSNorm(nn.Module):
+    """`w · x / rms(x)`, computed in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return rms_norm(x_BTD, self.weight, self.eps)
+
+
+class NemotronHGatedRMSNorm(nn.Module):
+    """Gate first, then RMS norm over each group of channels."""
+
+    def __init__(self, size: int, eps: float, n_groups: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps, self.n_groups = eps, n_groups
+
+    def forward(self, y_BTI: Tensor, z_BTI: Tensor) -> Tensor:
+        return gated_rms_norm(y_BTI, z_BTI, self.weight, self.eps, self.n_groups)
+
+
+class NemotronHCausalConv1d(nn.Conv1d):
+    """Depthwise causal convolution with its activation; the parameters are those of a grouped `nn.Conv1d`."""
+
+    def __init__(self, channels: int, taps: int, bias: bool, act: str, use_packages: bool) -> None:
+        super().__init__(channels, channels, taps, groups=channels, bias=bias, padding=taps - 1)
+        self.act, self.use_packages = act, use_packages
+
+    def forward(  # type: ignore[override]
+        self, x_BTC: Tensor, window_BCW: Tensor | None, lengths_B: Tensor | None, seq_idx_BT: Tensor | None
+    ) -> ConvResult:
+        weight_CK = self.weight[:, 0]
+        return causal_conv1d(
+            x_BTC, weight_CK, self.bias, self.act, window_BCW, lengths_B, seq_idx_BT, use_packages=self.use_packages
+        )
+
+
+class NemotronHMamba2Mixer(nn.Module):
+    """Mamba-2: project, convolve, scan, gate and norm, project back (arXiv 2405.21060)."""
+
+    def __init__(self, config: NemotronHConfig, sizes: Layer, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads, self.head_dim = config.mamba_num_heads, config.mamba_head_dim
+        self.n_groups, self.ssm_state_size = config.mamba_n_groups, config.ssm_state_size
+        self.intermediate_size = self.num_heads * self.head_dim
+        self.conv_dim = self.intermediate_size + 2 * self.n_groups * self.ssm_state_size
+        self.time_step_limit, self.chunk_size = config.mamba_dt_limit, config.mamba_chunk_size
+        self.use_packages = config.use_mamba_kernels
+        bias = config.use_bias or config.mamba_proj_bias
+
+        projected = self.intermediate_size + self.conv_dim + self.num_heads
+        self.in_proj = nn.Linear(config.hidden_size, projected, bias=bias)
+        self.conv1d = NemotronHCausalConv1d(
+            self.conv_dim, config.mamba_d_conv, config.mamba_conv_bias, config.mamba_hidden_act, self.use_packages
+        )
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
+        self.A_log = nn.Parameter(torch.empty(self.num_heads))
+        self.D = nn.Parameter(torch.empty(self.num_heads))
+        self.norm = NemotronHGatedRMSNorm(self.intermediate_size, config.layer_norm_epsilon, self.n_groups)
+        self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=bias)
+
+    def forward(
+        self, hidden_states: Tensor, layout: Layout | None = None, cache: caches.MambaLayer | None = None
+    ) -> Tensor:
+        layout = layout or Layout(hidden_states.shape[1])
+        window_BCW, state_BHPN = (None, None) if cache is None else (cache.conv_states, cache.recurrent_states)
+
+        # With a bias a zeroed input still projects to something, so the projection is zeroed as well.
+        projected = layout.zero_padding(self.in_proj(layout.zero_padding(hidden_states)))
+        z_BTI, xBC_BTC, dt_BTH = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+
+        # Convolution and state must meet the real tokens one after the other.
+        xBC_BTC, dt_BTH = layout.compact(xBC_BTC), layout.compact(dt_BTH)
+        seq_idx_BT, valid_BT = layout.compact_seq_idx_BT(), layout.compact_valid_BT()
+        conv = self.conv1d(xBC_BTC, window_BCW, layout.lengths_B, seq_idx_BT)
+        x_BTHP, B_BTGN, C_BTGN = self._split(conv.output)
+        dt_BTH = time_step(dt_BTH, self.dt_bias, self.time_step_limit)
+        if valid_BT is not None:
+            dt_BTH = torch.where(valid_BT[..., None], dt_BTH, 0)
+        A_H = -torch.exp(self.A_log.to(dt_BTH.dtype))
+
+        scan = ssd(
+            x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, self.D, self.chunk_size, state_BHPN, seq_idx_BT,
+            use_packages=self.use_packages,
+        )  # fmt: skip
+        if cache is not None:
+            cache.update(conv.window, cache.at_rest(scan.final_state))
+            cache.record(caches.Step(window_BCW, state_BHPN, xBC_BTC, x_BTHP, dt_BTH, A_H, B_BTGN, layout.valid_BT))
+        if layout.recorder.ssm_states is not None:
+            layout.recorder.ssm_states[self.layer_idx] = scan.final_state
+        y_BTI = layout.expand(scan.output.flatten(2))
+        return self.out_proj(self.norm(y_BTI, z_BTI))
+
+    def _split(self, xBC_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        state = self.n_groups * self.ssm_state_size
+        x_BTI, B_BTS, C_BTS = xBC_BTC.split([self.intermediate_size, state, state], dim=-1)
+        heads, groups = (self.num_heads, self.head_dim), (self.n_groups, self.ssm_state_size)
+        return x_BTI.unflatten(-1, heads), B_BTS.unflatten(-1, groups), C_BTS.unflatten(-1, groups)
+
+
+class NemotronHAttention(nn.Module):
+    """Grouped-query attention without positions."""
+
+    def __init__(self, config: NemotronHConfig, sizes: Layer, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx, self.config = layer_idx, config
+        self.head_dim, self.dropout, self.sliding_window = (
+            config.head_dim,
+            config.attention_dropout,
+            sizes.sliding_window,
+        )
+        query, key = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query, config.hidden_size, bias=config.attention_bias)
+
+    def forward(
+        self, hidden_states: Tensor, layout: Layout | None = None, cache: caches.AttentionLayer | None = None
+    ) -> Tensor:
+        layout = layout or Layout(hidden_states.shape[1])
+        heads = (-1, self.head_dim)
+        q_BTQd = self.q_proj(hidden_states).unflatten(-1, heads)
+        k_BKSd = self.k_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
+        v_BKSd = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
+        if cache is not None:
+            k_BKSd, v_BKSd = cache.append(k_BKSd, v_BKSd)
+
+        causal = layout.is_causal(self.sliding_window) and layout.tokens > 1
+        visible = None if causal else layout.visible(self.sliding_window, hidden_states.device)
+        wanted = layout.recorder.attentions
+        result = attention(
+            q_BTQd, k_BKSd, v_BKSd, visible, causal, self.dropout if self.training else 0.0,
+            return_weights=wanted is not None or self.config._attn_implementation == "eager",
+        )  # fmt: skip
+        if wanted is not None and result.weights is not None:
+            wanted[self.layer_idx] = result.weights
+        return self.o_proj(result.output.flatten(2))
+
+
+class NemotronHMLP(nn.Module):
+    """`down(act(up(x)))`, not gated; act is relu² in every published model."""
+
+    def __init__(self, config: NemotronHConfig, intermediate_size: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = activation(config.mlp_hidden_act)
+
+    def forward(self, hidden_states: Tensor, layout: Layout | None = None, cache: CacheLayer | None = None) -> Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class NemotronHTopkRouter(nn.Module):
+    """Sigmoid router; its bias takes part in choosing experts only, and is moved by `update_bias`, not by gradients."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: NemotronHConfig, sizes: Layer) -> None:
+        super().__init__()
+        self.top_k, self.n_group, self.topk_group = sizes.num_experts_per_tok, config.n_group, config.topk_group
+        self.norm_topk_prob, self.routed_scaling_factor = config.norm_topk_prob, config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(sizes.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(sizes.n_routed_experts, dtype=torch.float32))
+        self.load_E: Tensor | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NemotronHTopkRouter:
+        """`model.bfloat16()` must not round the bias: the choice of experts is float32 whatever the model's dtype."""
+        bias_E = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if self.e_score_correction_bias.dtype.itemsize < 4:
+            self.e_score_correction_bias = bias_E.to(self.e_score_correction_bias.device)
+        return self
+
+    def forward(self, x_MD: Tensor, valid_M: Tensor | None = None) -> Routing:
+        routing = route(
+            x_MD, self.weight, self.e_score_correction_bias, self.top_k, self.n_group, self.topk_group,
+            self.norm_topk_prob, self.routed_scaling_factor,
+        )  # fmt: skip
+        if self.training:
+            load_E = load(routing.experts, self.weight.shape[0], valid_M)
+            self.load_E = load_E if self.load_E is None else self.load_E + load_E
+        return routing
+
+    @torch.no_grad()
+    def update_bias(self, rate: float) -> None:
+        """`bias += rate · sign(mean load - load)` over the tokens seen in training since the last call."""
+        if self.load_E is not None:
+            step_E = rate * torch.sign(self.load_E.mean() - self.load_E)
+            self.e_score_correction_bias += step_E.to(self.e_score_correction_bias)
+            self.load_E = None
+
+
+class NemotronHExperts(nn.Module):
+    """The routed experts, stacked: `up_proj` [E, F, L] and `down_proj` [E, L, F], out x in as in a linear."""
+
+    up_proj_bias: nn.Parameter | None
+    down_proj_bias: nn.Parameter | None
+
+    def __init__(self, config: NemotronHConfig, sizes: Layer) -> None:
+        super().__init__()
+        width, latent = sizes.moe_intermediate_size, sizes.moe_latent_size or config.hidden_size
+        self.num_experts, self.act = sizes.n_routed_experts, config.mlp_hidden_act
+        self.up_proj = nn.Parameter(torch.empty(self.num_experts, width, latent))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, latent, width))
+        self.register_parameter("up_proj_bias", None)
+        self.register_parameter("down_proj_bias", None)
+
+    def add_bias(self) -> None:
+        """Room for biases; published models have none, a checkpoint that carries them loads."""
+        for name, projection in (("up_proj_bias", self.up_proj), ("down_proj_bias", self.down_proj)):
+            setattr(self, name, nn.Parameter(projection.new_zeros(projection.shape[:2])))
+
+    def forward(self, x_ML: Tensor, experts_Mk: Tensor, weights_Mk: Tensor) -> Tensor:
+        return experts(
+            x_ML, experts_Mk, weights_Mk, self.up_proj, self.down_proj, self.act, self.up_proj_bias, self.down_proj_bias
+        )
+
+
+class NemotronHMoE(nn.Module):
+    """Routed experts, between two latent projections where the model has them, plus a shared expert."""
+
+    def __init__(self, config: NemotronHConfig, sizes: Layer, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.gate = NemotronHTopkRouter(config, sizes)
+        self.experts = NemotronHExperts(config, sizes)
+        shared = sizes.moe_shared_expert_intermediate_size * config.n_shared_experts
+        self.shared_experts = NemotronHMLP(config, shared) if shared else None
+        self.fc1_latent_proj = self.fc2_latent_proj = None
+        if sizes.moe_latent_size is not None:
+            self.fc1_latent_proj = nn.Linear(config.hidden_size, sizes.moe_latent_size, bias=config.mlp_bias)
+            self.fc2_latent_proj = nn.Linear(sizes.moe_latent_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: Tensor, layout: Layout | None = None, cache: CacheLayer | None = None) -> Tensor:
+        layout = layout or Layout(hidden_states.shape[1])
+        x_MD = hidden_states.flatten(0, 1)
+        valid_M = None if layout.valid_BT is None else layout.valid_BT.flatten()
+        routing = self.gate(x_MD, valid_M)
+        x_ML = x_MD if self.fc1_latent_proj is None else self.fc1_latent_proj(x_MD)
+        routed = self.experts(x_ML, routing.experts, routing.weights)
+        y_MD = routed if self.fc2_latent_proj is None else self.fc2_latent_proj(routed)
+        if self.shared_experts is not None:
+            y_MD = y_MD + self.shared_experts(x_MD)
+        if layout.recorder.router_logits is not None and layout.recorder.experts is not None:
+            layout.recorder.router_logits[self.layer_idx] = routing.logits
+            layout.recorder.experts[self.layer_idx] = routing.experts
+        return y_MD.view_as(hidden_states)
+
+
+MIXERS: dict[str, Callable[[NemotronHConfig, Layer, int], nn.Module]] = {
+    "mamba": NemotronHMamba2Mixer,
+    "attention": NemotronHAttention,
+    "moe": NemotronHMoE,
+    "mlp": lambda config, sizes, layer_idx: NemotronHMLP(config, sizes.intermediate_size),
+}
+
+
+def register_block(
+    name: str,
+    letter: str,
+    mixer: Callable[[NemotronHConfig, Layer, int], nn.Module],
+    cache_layer: type[CacheLayer] | None = None,
+) -> None:
+    """Make `name` (in patterns: `letter`) a block type that configs may use.
+
+    Args:
+        mixer: Called with (config, the block's sizes, layer index); its module takes
+            `(hidden_states [B, T, D], layout, cache)` and returns one [B, T, D] tensor.
+        cache_layer: A `CacheLayer` subclass when the block keeps state between passes.
+
+    Raises:
+        ConfigError: name or letter is taken.
+    """
+    family.add_block(BlockType(name, letter, layer_type="linear_attention" if cache_layer else "mlp"))
+    MIXERS[name] = mixer
+    if cache_layer is not None:
+        caches.LAYERS[name] = lambda config: cache_layer()
+
+
+class NemotronHBlock(GradientCheckpointingLayer):
+    """`x + dropout(mixer(norm(x)))`."""
+
+    def __init__(self, config: NemotronHConfig, sizes: Layer, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx, self.block_type, self.dropout = layer_idx, sizes.block_type, config.hidden_dropout
+        self.norm = NemotronHRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = MIXERS[sizes.block_type](config, sizes, layer_idx)
+
+    def forward(
+        self, hidden_states: Tensor, layout: Layout, past_key_values: NemotronHHybridDynamicCache | None = None
+    ) -> Tensor:
+        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        normed = self.norm(hidden_states).to(self.norm.weight.dtype)
+        mixed = self.mixer(normed, layout, cache)
+        return hidden_states + F.dropout(mixed, self.dropout, self.training)
+
+
+@dataclass
+class NemotronHModelOutput(BaseModelOutputWithPast):
+    """As transformers' output, with `router_logits` (pre-sigmoid, [M, E] per moe layer) and `ssm_states`
+    ([B, H, P, N] per mamba layer, behind the last token), both only when asked for."""
+
+    router_logits: tuple[Tensor, ...] | None = None
+    ssm_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class NemotronHCausalLMOutput(CausalLMOutputWithPast):
+    """As transformers' output; `loss` includes the terms whose config scale is > 0, each is also returned by itself.
+
+    mtp_logits: one [B, T - j, V] per depth j, float32. aux_loss: balance. z_loss: router. All only when asked for or
+    when labels are given.
+    """
+
+    router_logits: tuple[Tensor, ...] | None = None
+    ssm_states: tuple[Tensor, ...] | None = None
+    mtp_logits: list[Tensor] | None = None
+    mtp_loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+
+
+class NemotronHModel(NemotronHPreTrainedModel):
+    """The trunk: embeddings, blocks, final norm."""
+
+    def __init__(self, config: NemotronHConfig) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(NemotronHBlock(config, config.layer(i), i) for i in range(config.num_hidden_layers))
+        self.norm_f = NemotronHRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: NemotronHHybridDynamicCache | None = None,
+        use_cache: bool | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> NemotronHModelOutput | tuple[Any, ...]:
+        """Hidden states behind the final norm.
+
+        Args:
+            input_ids: [B, T] token ids; or `inputs_embeds` [B, T, D].
+            attention_mask: [B, T], or [B, cached + T]: 1 for real tokens, 0 for padding, anywhere in a row.
+            position_ids: [B, T]; the model has no positions, but without a mask and a cache a restart marks a new
+                packed document. `seq_idx` [B, T] or `cu_seq_lens_q` [documents + 1] say the same.
+            past_key_values: Cache to continue from and to extend.
+            use_cache: Return a cache. Default: `config.use_cache`, but not in training and not for packed rows.
+            kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `output_ssm_states`,
+                `return_dict`.
+
+        Raises:
+            InputError: shapes, ids or combinations that mean nothing. CacheError: a foreign cache.
+        """
+        prepared = kwargs.pop("prepared", None) or prepare(
+            self, input_ids, inputs_embeds, position_ids, past_key_values, use_cache, attention_mask, kwargs
+        )
+        layout, cache, options = prepared
+
+        x_BTD = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.config.residual_in_fp32:
+            x_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
+        x_BTD = F.dropout(x_BTD, self.config.hidden_dropout, self.training)
+        hidden_states: list[Tensor] = []
+        for block in self.layers if layout.tokens else ():
+            hidden_states.append(x_BTD)
+            x_BTD = block(x_BTD, layout, past_key_values=cache)
+        x_BTD = self.norm_f(x_BTD).to(self.norm_f.weight.dtype)
+        if cache is not None:
+            cache.commit(x_BTD.shape[0], layout.tokens, layout.slots_valid_BS)
+
+        seen = layout.recorder
+        output = NemotronHModelOutput(
+            last_hidden_state=x_BTD,
+            past_key_values=cache,
+            hidden_states=(*hidden_states, x_BTD) if options.hidden_states else None,
+            attentions=ordered(seen.attentions),
+            router_logits=ordered(seen.router_logits) if options.router_logits else None,
+            ssm_states=ordered(seen.ssm_states),
+        )
+        return output if options.return_dict else output.to_tuple()
+
+
+class NemotronHMTPBlock(NemotronHBlock):
+    """A block of an MTP head; the first one also joins embedding and hidden state, the last one also norms."""
+
+    enorm: NemotronHRMSNorm
+    hnorm: NemotronHRMSNorm
+    eh_proj: nn.Linear
+    final_layernorm: NemotronHRMSNorm
+
+    def __init__(self, config: NemotronHConfig, index: int) -> None:
+        blocks, flat = len(config.mtp_layers_block_type), config.num_hidden_layers + index
+        super().__init__(config, config.mtp_layer(index % blocks), flat)
+        size, eps = config.hidden_size, config.layer_norm_epsilon
+        if index % blocks == 0:
+            self.enorm, self.hnorm = NemotronHRMSNorm(size, eps), NemotronHRMSNorm(size, eps)
+            self.eh_proj = nn.Linear(2 * size, size, bias=False)
+        if index % blocks == blocks - 1:
+            self.final_layernorm = NemotronHRMSNorm(size, eps)
+
+
+class NemotronHMTP(nn.Module):
+    """Multi-token prediction heads: depth j predicts token t + j + 1 from depth j - 1 and the embedding of token t + j.
+
+    With one head every depth uses it again; with n, depth j uses head min(j, n).
+    """
+
+    def __init__(self, config: NemotronHConfig) -> None:
+        super().__init__()
+        self.heads, self.blocks = config.num_nextn_predict_layers, len(config.mtp_layers_block_type)
+        self.layers = nn.ModuleList(NemotronHMTPBlock(config, i) for i in range(self.heads * self.blocks))
+
+    def forward(self, hidden_BTD: Tensor, embeds_BTD: Tensor, layout: Layout, depths: int) -> list[Tensor]:
+        """Final hidden states [B, T - j, D] of depths j = 1 .. depths, from the trunk's output behind `norm_f`."""
+        outputs = []
+        for depth in range(1, depths + 1):
+            head = min(depth, self.heads) - 1
+            hidden_BTD = self._depth(head, hidden_BTD[:, : embeds_BTD.shape[1] - depth], embeds_BTD[:, depth:], layout)
+            outputs.append(hidden_BTD)
+        return outputs
+
+    def _depth(self, head: int, hidden_BTD: Tensor, embeds_BTD: Tensor, layout: Layout) -> Tensor:
+        if hidden_BTD.shape[1] == 0:
+            return hidden_BTD
+        blocks = cast("list[NemotronHMTPBlock]", list(self.layers[head * self.blocks : (head + 1) * self.blocks]))
+        joined = torch.cat([blocks[0].enorm(embeds_BTD), blocks[0].hnorm(hidden_BTD)], dim=-1)
+        u_BTD = blocks[0].eh_proj(joined)
+        shorter = layout.first(hidden_BTD.shape[1])
+        for block in blocks:
+            u_BTD = block(u_BTD, shorter)
+        return blocks[-1].final_layernorm(u_BTD)
+
+
+class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
+    """The language model: trunk, `lm_head`, and MTP heads where the config has them."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012 (transformers' own declaration)
+
+    def __init__(self, config: NemotronHConfig) -> None:
+        super().__init__(config)
+        self.model = NemotronHModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp = NemotronHMTP(config) if config.num_nextn_predict_layers else None
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: NemotronHHybridDynamicCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> NemotronHCausalLMOutput | tuple[Any, ...]:
+        """Logits [B, T, V] in float32, and with `labels` the loss.
+
+        Args:
+            labels: [B, T] token ids, -100 where ignored; shifted inside.
+            logits_to_keep: Only the last n positions (0: all), or the positions in a 1-D tensor, or one per row [B, 1].
+            kwargs: As `NemotronHModel.forward`; `output_mtp_logits` (True, or a number of depths) and
+                `num_items_in_batch` (divides the summed loss instead of the number of labels).
+
+        Raises:
+            InputError, CacheError: as `NemotronHModel.forward`; labels outside the vocabulary.
+        """
+        prepared = prepare(
+            self.model,
+            input_ids,
+            inputs_embeds,
+            position_ids,
+            past_key_values,
+            use_cache,
+            attention_mask,
+            kwargs,
+            labels,
+        )
+        layout, _, options = prepared
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise InputError("labels need all logits: give logits_to_keep=0 with them")
+        trunk = self.model(
+            input_ids, inputs_embeds, prepared=prepared._replace(options=options._replace(return_dict=True))
+        )
+        hidden_BTD = trunk.last_hidden_state
+        logits_BTV = self._logits(keep_positions(hidden_BTD, logits_to_keep))
+
+        mtp_logits = None
+        if self.mtp is not None and options.mtp_depths:
+            embeds_BTD = self.model.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+            mtp_logits = [self._logits(h_BTD) for h_BTD in self.mtp(hidden_BTD, embeds_BTD, layout, options.mtp_depths)]
+
+        output = NemotronHCausalLMOutput(
+            logits=logits_BTV,
+            past_key_values=trunk.past_key_values,
+            hidden_states=trunk.hidden_states,
+            attentions=trunk.attentions,
+            router_logits=trunk.router_logits,
+            ssm_states=trunk.ssm_states,
+            mtp_logits=None if mtp_logits is None else mtp_logits[: options.mtp_shown],
+        )
+        if labels is not None:
+            self._add_losses(output, labels, layout, mtp_logits, options.num_items)
+        return output if options.return_dict else output.to_tuple()
+
+    def _logits(self, hidden_BTD: Tensor) -> Tensor:
+        logits_BTV = self.lm_head(hidden_BTD)
+        return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+
+    def _add_losses(
+        self,
+        output: NemotronHCausalLMOutput,
+        labels_BT: Tensor,
+        layout: Layout,
+        mtp_logits: list[Tensor] | None,
+        num_items: Tensor | int | None,
+    ) -> None:
+        batch, config, seen = labels_BT.shape[0], self.config, layout.recorder
+        assert output.logits is not None
+        loss = losses.next_token(output.logits, labels_BT, layout, num_items)
+        if mtp_logits:
+            output.mtp_loss = losses.mtp(mtp_logits, labels_BT, layout, num_items)
+            loss = loss + config.mtp_loss_coef * output.mtp_loss if config.mtp_loss_coef else loss
+        if seen.router_logits and seen.experts:
+            trunk = [i for i in sorted(seen.router_logits) if i < config.num_hidden_layers]
+            logits, chosen = [seen.router_logits[i] for i in trunk], [seen.experts[i] for i in trunk]
+            output.aux_loss = losses.balance(logits, chosen, layout, batch)
+            output.z_loss = losses.z_loss(logits, layout, batch)
+            loss = loss + config.router_aux_loss_coef * output.aux_loss if config.router_aux_loss_coef else loss
+            loss = loss + config.router_z_loss_coef * output.z_loss if config.router_z_loss_coef else loss
+        output.loss = loss
+
+    def update_router_bias(self, rate: float = 1e-3) -> None:
+        """Move every router's bias towards an even load, after an optimizer step (arXiv 2408.15664)."""
+        for module in self.modules():
+            if isinstance(module, NemotronHTopkRouter):
+                module.update_bias(rate)

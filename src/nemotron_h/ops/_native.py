@@ -1,0 +1,102 @@
+"""The C++ extension `nemotron_h._native`, loaded at the first use, and the kernel level in force."""
+
+import importlib
+from functools import cache
+from types import ModuleType
+from typing import Protocol
+
+from nemotron_h.errors import KernelError
+from nemotron_h.ops import settings
+
+INTERFACE_VERSION = 1  # csrc/kernels.h: interface_version
+INSTALL_HINT = "install a C++ compiler and Python's headers (apt-get install g++ python3-dev), then nemotron-h again"
+
+
+class Kernels(Protocol):
+    """One level's kernels: addresses from `data_ptr()`, sizes and strides in elements. Nothing below validates them."""
+
+    @property
+    def level(self) -> str: ...
+
+    def rms_norm(
+        self,
+        x: int,
+        weight: int,
+        out: int,
+        rows: int,
+        cols: int,
+        stride: int,
+        eps: float,
+        x_dtype: int,
+        w_dtype: int,
+        /,
+    ) -> None: ...
+
+
+def load() -> ModuleType | None:
+    """The extension module, or None; `why_missing` then says why."""
+    return _load()[0]
+
+
+def why_missing() -> str:
+    """One line that says why there is no extension and what to install; empty when there is one."""
+    return _load()[1]
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        module = importlib.import_module("nemotron_h._native")
+    except ModuleNotFoundError as error:
+        if error.name != "nemotron_h._native":
+            raise
+        return None, f"nemotron-h was installed without its C++ kernels: {INSTALL_HINT}"
+    except ImportError as error:
+        return None, f"the C++ kernels do not load ({error}): install nemotron-h again"
+    if module.interface_version != INTERFACE_VERSION:
+        return None, "the C++ kernels were built from other sources than these Python files: install nemotron-h again"
+    return module, ""
+
+
+@cache
+def levels() -> tuple[str, ...]:
+    """The kernel levels that this CPU can run, lowest first; empty without the extension."""
+    module = load()
+    return () if module is None else tuple(module.levels())
+
+
+def level() -> str:
+    """The level in force: NEMOTRON_H_ISA, or the highest.
+
+    Raises `KernelError` without the extension, for an illegal value, and for a level that this CPU lacks.
+    """
+    available = levels()
+    if not available:
+        raise KernelError(why_missing())
+    asked = settings.current().isa
+    if asked is None:
+        return available[-1]
+    if asked not in available:
+        raise KernelError(f"NEMOTRON_H_ISA={asked!r}: this CPU has {', '.join(available)}; use one or unset it.")
+    return asked
+
+
+def kernels(of_level: str | None = None) -> Kernels:
+    """The kernels of one level, by default of the level in force. Raises as `level`."""
+    return _kernels(of_level or level())
+
+
+@cache
+def _kernels(of_level: str) -> Kernels:
+    module = load()
+    if module is None:
+        raise KernelError(why_missing())
+    if of_level not in levels():
+        raise KernelError(f"No kernel level {of_level!r}: this CPU has {', '.join(levels())}.")
+    return module.Kernels(of_level)
+
+
+def cpu_features() -> dict[str, bool]:
+    """Instruction sets that CPU and operating system allow, and `amx_permission`; empty without the extension."""
+    module = load()
+    return {} if module is None else module.cpu_features()

@@ -1,0 +1,47 @@
+"""Causal depthwise convolution in PyTorch: the specification. Differentiable; any device, `meta` included.
+
+Letters: B batch · T tokens · C channels · K taps · S = T + K - 1.
+"""
+
+import torch
+from torch import Tensor
+
+from nemotron_h.ops.activations import activation as by_name
+
+
+def causal_conv1d(
+    x_BTC: Tensor,
+    weight_CK: Tensor,
+    bias_C: Tensor | None,
+    activation: str,
+    window_BCK: Tensor | None,
+    lengths_B: Tensor | None,
+    seq_idx_BT: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `nemotron_h.ops.causal_conv1d.causal_conv1d`."""
+    (batch, tokens, channels), taps = x_BTC.shape, weight_CK.shape[1]
+    past = x_BTC.new_zeros(batch, taps - 1, channels) if window_BCK is None else window_BCK.transpose(1, 2).to(x_BTC)
+    x_BSC = torch.cat([past, x_BTC], dim=1)
+    dtype = torch.promote_types(x_BTC.dtype, torch.float32)
+    wide_BSC, weight_CK = x_BSC.to(dtype), weight_CK.to(dtype)
+    y_BTC = torch.zeros_like(x_BTC, dtype=dtype) if bias_C is None else bias_C.to(dtype).expand_as(x_BTC)
+    for tap in range(taps):
+        term_BTC = wide_BSC[:, tap : tap + tokens] * weight_CK[:, tap]
+        if seq_idx_BT is not None and tap < taps - 1:
+            term_BTC = torch.where(_same_document(seq_idx_BT, taps - 1 - tap)[..., None], term_BTC, 0)
+        y_BTC = y_BTC + term_BTC
+    return by_name(activation)(y_BTC).to(x_BTC.dtype), _last_inputs(x_BSC, taps - 1, tokens, lengths_B)
+
+
+def _same_document(seq_idx_BT: Tensor, distance: int) -> Tensor:
+    """Whether the token `distance` back is in the same document; inputs before the first token belong to the first."""
+    first_B1 = seq_idx_BT[:, :1]
+    shifted_BT = torch.cat([first_B1.expand(-1, distance), seq_idx_BT], dim=1)[:, : seq_idx_BT.shape[1]]
+    return shifted_BT == seq_idx_BT
+
+
+def _last_inputs(x_BSC: Tensor, width: int, tokens: int, lengths_B: Tensor | None) -> Tensor:
+    if lengths_B is None:
+        return x_BSC[:, tokens : tokens + width].transpose(1, 2)
+    index_BK = lengths_B[:, None] + torch.arange(width, device=x_BSC.device)
+    return x_BSC.gather(1, index_BK[..., None].expand(-1, -1, x_BSC.shape[2])).transpose(1, 2)

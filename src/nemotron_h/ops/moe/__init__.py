@@ -1,0 +1,47 @@
+"""Routed experts (numerics.md, "Router and MoE"): `Σ_k w_k · down_e(act(up_e(x)))` for the experts e of each token.
+
+Letters: M tokens · L width in which experts work (latent or hidden size) · F expert width · E experts · k per token.
+"""
+
+import torch
+from torch import Tensor
+
+from nemotron_h.ops import dispatch
+from nemotron_h.ops.moe import grouped, reference
+
+_EXPERTS = dispatch.register("moe", reference.experts)
+
+
+def experts(
+    x_ML: Tensor,
+    experts_Mk: Tensor,
+    weights_Mk: Tensor,
+    up_EFL: Tensor,
+    down_ELF: Tensor,
+    activation: str,
+    up_bias_EF: Tensor | None = None,
+    down_bias_EL: Tensor | None = None,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """Weighted sum of the chosen experts' outputs, in float32 and in the order of `experts_Mk`. Returns [M, L].
+
+    Args:
+        experts_Mk: Expert ids, ascending in each row.
+        weights_Mk: Their weights, float32.
+        up_EFL, down_ELF: Stacked projections, out x in.
+        impl: "reference" or "grouped" (torch._grouped_mm); None takes what fits.
+    """
+    args = (x_ML, experts_Mk, weights_Mk, up_EFL, down_ELF, activation, up_bias_EF, down_bias_EL)
+    if impl == "grouped" or (impl is None and grouped.refusal(x_ML, up_EFL, down_ELF, experts_Mk) is None):
+        return grouped.experts(*args)
+    return _EXPERTS(*args, impl=impl)
+
+
+def load(experts_Mk: Tensor, n_experts: int, valid_M: Tensor | None = None) -> Tensor:
+    """Tokens per expert [E], float32; padding does not count."""
+    ones = torch.ones_like(experts_Mk, dtype=torch.float32)
+    if valid_M is not None:
+        ones = ones * valid_M[:, None]
+    counts = torch.zeros(n_experts, dtype=torch.float32, device=experts_Mk.device)
+    return counts.index_add(0, experts_Mk.flatten(), ones.flatten())
