@@ -174,15 +174,9 @@ def _recorder(config: NemotronHConfig, kwargs: Mapping[str, Any], options: Optio
     router = options.router_logits or in_loss
     return Recorder(
         attentions={} if (config.output_attentions if attentions is None else attentions) else None,
-        router_logits={} if router else None,
-        experts={} if router else None,
+        routings={} if router else None,
         ssm_states={} if kwargs.get("output_ssm_states") else None,
     )
-
-
-def ordered(by_layer: dict[int, Tensor] | None) -> tuple[Tensor, ...] | None:
-    """What a recorder holds, in layer order."""
-    return None if by_layer is None else tuple(by_layer[index] for index in sorted(by_layer))
 
 
 def keep_positions(hidden_BTD: Tensor, logits_to_keep: int | Tensor) -> Tensor:

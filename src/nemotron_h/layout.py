@@ -6,11 +6,13 @@ Letters: B batch · T tokens of this pass · S slots, cached ones and then this 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nemotron_h.errors import InputError
+from nemotron_h.ops.router import Routing
 from nemotron_h.ops.tracing import tracing
 
 
@@ -19,9 +21,16 @@ class Recorder:
     """What a caller asked to see of the inside, by layer; filled during the pass (again, when it is recomputed)."""
 
     attentions: dict[int, Tensor] | None = None
-    router_logits: dict[int, Tensor] | None = None
-    experts: dict[int, Tensor] | None = None
+    routings: dict[int, Routing] | None = None
     ssm_states: dict[int, Tensor] | None = None
+
+    def router_logits(self) -> tuple[Tensor, ...] | None:
+        return None if self.routings is None else tuple(self.routings[i].logits for i in sorted(self.routings))
+
+
+def ordered(by_layer: dict[int, Any] | None) -> tuple[Any, ...] | None:
+    """What a recorder holds, in layer order."""
+    return None if by_layer is None else tuple(by_layer[index] for index in sorted(by_layer))
 
 
 @dataclass
@@ -32,6 +41,7 @@ class Layout:
     slots_valid_BS the same for cached and present tokens; None when all are real.
     seq_idx_BT     document of each token in a packed row, ascending; None when rows are single documents.
     past           slots in the cache before this pass.
+    recorder       where mixers leave what the caller wants to see, if anything.
     tokens         T.
     """
 
@@ -40,7 +50,7 @@ class Layout:
     valid_BT: Tensor | None = None
     slots_valid_BS: Tensor | None = None
     seq_idx_BT: Tensor | None = None
-    recorder: Recorder = field(default_factory=Recorder)
+    recorder: Recorder | None = None
     _visible: dict[int | None, Tensor | None] = field(default_factory=dict)
     _order: tuple[Tensor, Tensor] | None = None
 
@@ -89,19 +99,18 @@ class Layout:
             self._order = order_BT, order_BT.argsort(dim=-1)
         return self._order
 
-    def is_causal(self, window: int | None) -> bool:
-        """Whether plain causal attention over this pass's own tokens is all there is."""
-        plain = self.slots_valid_BS is None and self.seq_idx_BT is None and self.past == 0
-        return plain and (window is None or window >= self.tokens)
-
-    def visible(self, window: int | None, device: torch.device) -> Tensor | None:
-        """Which slots a token sees: boolean, broadcastable to [B, 1, T, S]; None means all.
+    def visibility(self, window: int | None, device: torch.device) -> tuple[bool, Tensor | None]:
+        """Which slots a token sees: plain causal attention over this pass's own tokens, or a boolean mask,
+        broadcastable to [B, 1, T, S] (None: all of them).
 
         A padding token sees itself and what a real one would, so that no row of a softmax is empty.
         """
+        plain = self.slots_valid_BS is None and self.seq_idx_BT is None and self.past == 0
+        if plain and (window is None or window >= self.tokens):
+            return True, None
         if window not in self._visible:
             self._visible[window] = self._make_visible(window, device)
-        return self._visible[window]
+        return False, self._visible[window]
 
     def _make_visible(self, window: int | None, device: torch.device) -> Tensor | None:
         slots = self.past + self.tokens

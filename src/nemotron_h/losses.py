@@ -5,7 +5,7 @@ Letters: B batch · T tokens · V vocabulary · M = B·T rows · E experts · k 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from nemotron_h.errors import InputError
 from nemotron_h.layout import Layout, readable
+from nemotron_h.ops.router import Routing
 
 IGNORE = -100
 
@@ -59,29 +60,27 @@ def mtp(mtp_logits: list[Tensor], labels_BT: Tensor, layout: Layout, num_items: 
     return total / len(mtp_logits)
 
 
-def balance(router_logits: Iterable[Tensor], experts: Iterable[Tensor], layout: Layout, batch: int) -> Tensor:
+def balance(routings: Sequence[Routing], layout: Layout, batch: int) -> Tensor:
     """Sequence-level balance loss: `E/k · Σ_e (share of visits to e)·(mean of s_e / Σ s)`; mean of rows, sum of layers.
 
     Source: DeepSeek-V3, arXiv 2412.19437, equations 17 to 20; Megatron's `seq_aux_loss`.
     """
     weight_BT1 = None if layout.valid_BT is None else layout.valid_BT[..., None].float()
-    total = None
-    for logits_ME, experts_Mk in zip(router_logits, experts, strict=True):
+    layers = []
+    for experts_Mk, _, logits_ME in routings:
         n_experts, top_k = logits_ME.shape[1], experts_Mk.shape[1]
         visits_ME = torch.zeros_like(logits_ME).scatter(1, experts_Mk, 1.0)
         score_ME = logits_ME.sigmoid()
         share_ME = score_ME / (score_ME.sum(-1, keepdim=True) + 1e-20)
         share_BE, visits_BE = (_mean(t.unflatten(0, (batch, -1)), weight_BT1) for t in (share_ME, visits_ME))
-        loss = (visits_BE * share_BE).sum(-1).mean() * (n_experts / top_k)
-        total = loss if total is None else total + loss
-    assert total is not None, "balance() needs at least one moe layer"
-    return total
+        layers.append((visits_BE * share_BE).sum(-1).mean() * (n_experts / top_k))
+    return torch.stack(layers).sum()
 
 
-def z_loss(router_logits: Iterable[Tensor], layout: Layout, batch: int) -> Tensor:
+def z_loss(routings: Sequence[Routing], layout: Layout, batch: int) -> Tensor:
     """`mean(logsumexp(logits)²)` over real tokens, summed over layers (ST-MoE, arXiv 2202.08906, equation 5)."""
     weight_BT1 = None if layout.valid_BT is None else layout.valid_BT[..., None].float()
-    terms = [_mean(z.logsumexp(-1).square().unflatten(0, (batch, -1))[..., None], weight_BT1) for z in router_logits]
+    terms = [_mean(z.logsumexp(-1).square().unflatten(0, (batch, -1))[..., None], weight_BT1) for _, _, z in routings]
     return torch.stack([term.mean() for term in terms]).sum()
 
 

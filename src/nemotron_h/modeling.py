@@ -28,8 +28,8 @@ from nemotron_h.configuration import NemotronHConfig
 from nemotron_h.errors import InputError
 from nemotron_h.family import BlockType, Layer
 from nemotron_h.generation_mixin import NemotronHGenerationMixin
-from nemotron_h.inputs import keep_positions, ordered, prepare
-from nemotron_h.layout import Layout
+from nemotron_h.inputs import keep_positions, prepare
+from nemotron_h.layout import Layout, Recorder, ordered
 from nemotron_h.ops.activations import activation
 from nemotron_h.ops.attention import attention
 from nemotron_h.ops.causal_conv1d import ConvResult, causal_conv1d
@@ -132,7 +132,7 @@ class NemotronHMamba2Mixer(nn.Module):
         if cache is not None:
             cache.update(conv.window, cache.at_rest(scan.final_state))
             cache.record(caches.Step(window_BCW, state_BHPN, xBC_BTC, x_BTHP, dt_BTH, A_H, B_BTGN, layout.valid_BT))
-        if layout.recorder.ssm_states is not None:
+        if layout.recorder is not None and layout.recorder.ssm_states is not None:
             layout.recorder.ssm_states[self.layer_idx] = scan.final_state
         y_BTI = layout.expand(scan.output.flatten(2))
         return self.out_proj(self.norm(y_BTI, z_BTI))
@@ -172,9 +172,8 @@ class NemotronHAttention(nn.Module):
         if cache is not None:
             k_BKSd, v_BKSd = cache.append(k_BKSd, v_BKSd)
 
-        causal = layout.is_causal(self.sliding_window) and layout.tokens > 1
-        visible = None if causal else layout.visible(self.sliding_window, hidden_states.device)
-        wanted = layout.recorder.attentions
+        causal, visible = layout.visibility(self.sliding_window, hidden_states.device)
+        wanted = None if layout.recorder is None else layout.recorder.attentions
         result = attention(
             q_BTQd, k_BKSd, v_BKSd, visible, causal, self.dropout if self.training else 0.0,
             return_weights=wanted is not None or self.config._attn_implementation == "eager",
@@ -288,9 +287,8 @@ class NemotronHMoE(nn.Module):
         y_MD = routed if self.fc2_latent_proj is None else self.fc2_latent_proj(routed)
         if self.shared_experts is not None:
             y_MD = y_MD + self.shared_experts(x_MD)
-        if layout.recorder.router_logits is not None and layout.recorder.experts is not None:
-            layout.recorder.router_logits[self.layer_idx] = routing.logits
-            layout.recorder.experts[self.layer_idx] = routing.experts
+        if layout.recorder is not None and layout.recorder.routings is not None:
+            layout.recorder.routings[self.layer_idx] = routing
         return y_MD.view_as(hidden_states)
 
 
@@ -426,13 +424,13 @@ class NemotronHModel(NemotronHPreTrainedModel):
         if cache is not None:
             cache.commit(x_BTD.shape[0], layout.tokens, layout.slots_valid_BS)
 
-        seen = layout.recorder
+        seen = layout.recorder or Recorder()
         output = NemotronHModelOutput(
             last_hidden_state=x_BTD,
             past_key_values=cache,
             hidden_states=(*hidden_states, x_BTD) if options.hidden_states else None,
             attentions=ordered(seen.attentions),
-            router_logits=ordered(seen.router_logits) if options.router_logits else None,
+            router_logits=seen.router_logits() if options.router_logits else None,
             ssm_states=ordered(seen.ssm_states),
         )
         return output if options.return_dict else output.to_tuple()
@@ -575,17 +573,16 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
         mtp_logits: list[Tensor] | None,
         num_items: Tensor | int | None,
     ) -> None:
-        batch, config, seen = labels_BT.shape[0], self.config, layout.recorder
+        batch, config = labels_BT.shape[0], self.config
         assert output.logits is not None
         loss = losses.next_token(output.logits, labels_BT, layout, num_items)
         if mtp_logits:
             output.mtp_loss = losses.mtp(mtp_logits, labels_BT, layout, num_items)
             loss = loss + config.mtp_loss_coef * output.mtp_loss if config.mtp_loss_coef else loss
-        if seen.router_logits and seen.experts:
-            trunk = [i for i in sorted(seen.router_logits) if i < config.num_hidden_layers]
-            logits, chosen = [seen.router_logits[i] for i in trunk], [seen.experts[i] for i in trunk]
-            output.aux_loss = losses.balance(logits, chosen, layout, batch)
-            output.z_loss = losses.z_loss(logits, layout, batch)
+        if layout.recorder is not None and layout.recorder.routings:
+            routings = ordered(layout.recorder.routings) or ()
+            output.aux_loss = losses.balance(routings, layout, batch)
+            output.z_loss = losses.z_loss(routings, layout, batch)
             loss = loss + config.router_aux_loss_coef * output.aux_loss if config.router_aux_loss_coef else loss
             loss = loss + config.router_z_loss_coef * output.z_loss if config.router_z_loss_coef else loss
         output.loss = loss

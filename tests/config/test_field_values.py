@@ -135,6 +135,14 @@ def test_bad_value_in_a_file(name: str, tmp_path: Path) -> None:
         refused(lambda value=value: NemotronHConfig.from_pretrained(tmp_path, **{name: value}), name, value)
 
 
+def test_a_value_too_deep_to_print_is_refused_by_name() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    for name in FIELD_KINDS:
+        refused(lambda name=name: NemotronHConfig(**{name: deep}), name, deep)
+
+
 @pytest.mark.parametrize("name", sorted(DERIVED))
 def test_none_is_derived_only_at_construction(name: str) -> None:
     config = NemotronHConfig()

@@ -107,6 +107,37 @@ def test_table_breaks_every_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [lines.start for lines in calls if not reached & set(lines)] == []
 
 
+# Of one layer in block_configs: the block type that uses it, legal values, illegal ones.
+PER_LAYER = {
+    "moe_intermediate_size": ("moe", [1, 96], [0, -1, 1.5, True, "8", [8]]),
+    "n_routed_experts": ("moe", [2, 64], [0, -2, 2.0, True, "8"]),
+    "num_experts_per_tok": ("moe", [1, 8], [0, -1, 2.0, True]),
+    "moe_latent_size": ("moe", [1, None], [0, -1, 8.0, True]),
+    "moe_shared_expert_intermediate_size": ("moe", [0, 5], [-1, 5.0, True]),
+    "intermediate_size": ("mlp", [1, 40], [0, -1, 4.0, True, [4]]),
+    "sliding_window": ("attention", [1, None], [0, -1, 4.0, True]),
+}
+
+
+@pytest.mark.parametrize("name", PER_LAYER)
+@pytest.mark.parametrize("key", ["block_configs", "mtp_block_configs"])
+def test_sizes_of_one_layer(key: str, name: str) -> None:
+    block_type, legal, illegal = PER_LAYER[name]
+    for value in legal:
+        config = NemotronHConfig(
+            **{key: [{"block_type": block_type, name: value}]}, moe_latent_size=7, sliding_window=9
+        )
+        sizes = config.layer(0) if key == "block_configs" else config.mtp_layer(0)
+        assert (sizes.block_type, getattr(sizes, name)) == (block_type, value)
+    for value in illegal:
+        changes = {key: [{"block_type": block_type, name: value}]}
+        fails_naming(lambda changes=changes: NemotronHConfig(**changes), [f"{key}[0].{name}={value!r}"])
+
+
+def test_every_size_of_a_layer_has_a_row() -> None:
+    assert {"block_type", *PER_LAYER} == set(family.Layer.__dataclass_fields__)
+
+
 LEGAL = [
     {"mamba_n_groups": 128},
     {"num_key_value_heads": 32},
