@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import initialization as init
+from torch import nn
 
 from nemotron_h import family
 from nemotron_h.configuration import NemotronHConfig
 from nemotron_h.errors import ConfigError
+from nemotron_h.initialization import initialize
 from nemotron_h.loading import Loading
 
 
@@ -42,48 +41,15 @@ class NemotronHPreTrainedModel(Loading):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialization from scratch (numerics.md, "Initialization"); loaded weights are flagged and stay."""
-        std = self.config.initializer_range
+        prefix = "conv1d." if isinstance(module, nn.Conv1d) else ""
         for name, parameter in module.named_parameters(recurse=False):
-            if name in _SPECIAL:
-                _SPECIAL[name](parameter, self.config)
-            elif name.endswith("bias"):
-                init.zeros_(parameter)
-            elif parameter.dim() == 1:
-                init.ones_(parameter)
-            elif not isinstance(module, nn.Conv1d):
-                init.normal_(parameter, mean=0.0, std=std)
-            else:
-                init.kaiming_uniform_(parameter, a=math.sqrt(5))
+            initialize(prefix + name, parameter, self.config)
         for name, buffer in module.named_buffers(recurse=False):
             if name == "e_score_correction_bias":
-                init.zeros_(buffer)
+                initialize(name, buffer, self.config)
         if self.config.rescale_prenorm_residual and hasattr(module, "A_log"):
-            self._rescale(module.out_proj.weight)
-
-    def _rescale(self, weight: Tensor) -> None:
-        if not getattr(weight, "_is_hf_initialized", False):
-            init.kaiming_uniform_(weight, a=math.sqrt(5))
-            weight.div_(math.sqrt(self.config.num_hidden_layers))
-
-
-def _draw_dt_bias(parameter: Tensor, config: NemotronHConfig) -> None:
-    """Inverse softplus of a log-uniform time step, so that softplus(dt_bias) is that step."""
-    low, high = math.log(config.mamba_dt_min), math.log(config.mamba_dt_max)
-    step = torch.exp(torch.rand_like(parameter, dtype=torch.float32) * (high - low) + low)
-    step = step.clamp(min=config.mamba_dt_init_floor)
-    init.copy_(parameter, step + torch.log(-torch.expm1(-step)))
-
-
-def _count_heads(parameter: Tensor, config: NemotronHConfig) -> None:
-    heads = torch.arange(1, parameter.shape[0] + 1, dtype=torch.float32, device=parameter.device)
-    init.copy_(parameter, heads.log())
-
-
-_SPECIAL = {
-    "A_log": _count_heads,
-    "D": lambda parameter, config: init.ones_(parameter),
-    "dt_bias": _draw_dt_bias,
-}
+            # Drawn once more: as a linear of its own it did not know that it belongs to a Mamba mixer.
+            initialize("out_proj.weight", module.out_proj.weight, self.config)
 
 
 def _check_memory(config: NemotronHConfig) -> None:
