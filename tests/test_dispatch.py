@@ -162,7 +162,7 @@ def test_check_catches_a_wrong_kernel(
     environment(NEMOTRON_H_CHECK="1")
     assert torch.equal(op(x), 2 * x)
     op.native = lambda x: x * 2.00001
-    with pytest.raises(KernelError, match=r"double: the avx2 kernel is off by .* is allowed, for float32\[9, 10\]"):
+    with pytest.raises(KernelError, match=r"double: native avx2 is off by .* is allowed, for float32\[9, 10\]"):
         op(x)
     environment(NEMOTRON_H_CHECK="0")
     assert torch.equal(op(x), x * 2.00001)

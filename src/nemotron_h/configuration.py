@@ -379,7 +379,9 @@ def _document() -> None:
         + "\n\nRaises:\n    ConfigError: naming field, value and rule.\n"
     )
     keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [inspect.Parameter(n, keyword, default=f.default) for n, f in family.FIELDS.items()]
+    defaults = {name: family.FIELDS[name].default for name in NemotronHConfig.__annotations__ if name in family.FIELDS}
+    order = [*list(defaults)[:3], "num_hidden_layers", *list(defaults)[3:]]  # as transformers' page has them
+    parameters = [inspect.Parameter(name, keyword, default=defaults.get(name)) for name in order]
     parameters.append(inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD))
     NemotronHConfig.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
 

@@ -1,6 +1,7 @@
 """What transformers' `generate` needs from the model: our cache, our masks, our first step.
 
-Each method overrides a hook of transformers' `GenerationMixin`; tests/transformers holds a canary for each.
+Each method overrides a hook of transformers' `GenerationMixin`; tests/loading/test_transformers_hooks.py holds a canary
+for each.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class NemotronHGenerationMixin(GenerationMixin):
         """Put our cache into `model_kwargs`; a caller's is checked, an empty DynamicCache becomes ours."""
         if max_cache_length + 1 > self.config.max_position_embeddings:
             _warn_length(max_cache_length + 1, self.config.max_position_embeddings)
+        if _right_padded(model_kwargs.get("attention_mask")):
+            _refuse_right_padding(generation_config, generation_mode)
         given = model_kwargs.get("past_key_values")
         if given is not None:
             model_kwargs["past_key_values"] = NemotronHHybridDynamicCache.adopt(given, self.config)
@@ -46,8 +49,8 @@ class NemotronHGenerationMixin(GenerationMixin):
             return
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise UnsupportedError(
-                f"cache_implementation={generation_config.cache_implementation!r} cannot hold Mamba states: leave it out"
-                " to get NemotronHHybridDynamicCache"
+                f"cache_implementation={generation_config.cache_implementation!r} cannot hold Mamba states: leave it"
+                " out to get NemotronHHybridDynamicCache"
             )
         cache = NemotronHHybridDynamicCache(self.config)
         if getattr(generation_config, "is_assistant", False):
@@ -80,14 +83,41 @@ class NemotronHGenerationMixin(GenerationMixin):
         )
 
     def _prompt_logits(self: Any, attention_mask: Tensor | None) -> int | Tensor:
-        if attention_mask is not None and attention_mask.dim() == 2 and not bool(attention_mask[:, -1].all()):
+        if attention_mask is not None and _right_padded(attention_mask):
             position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
             return (position * attention_mask.bool()).argmax(-1, keepdim=True)
         return self.config.num_logits_to_keep or 0
 
     def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
         """A checkpoint's own generate.py is never run."""
-        raise OSError("custom generate code in a checkpoint is not run by this package")
+        raise CustomCodeError(
+            "generate.py of a checkpoint or hub repository is never run by this package; pass a function of your own,"
+            " generate(custom_generate=function)"
+        )
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' continuous batching has no place for Mamba states."""
+        raise UnsupportedError("generate_batch and cache_implementation='paged' cannot hold Mamba states: use LLM")
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+
+class CustomCodeError(UnsupportedError, OSError):
+    """`from_pretrained` takes an OSError for "there is no such code"; to `generate`'s caller it is unsupported."""
+
+
+def _right_padded(attention_mask: Tensor | None) -> bool:
+    return attention_mask is not None and attention_mask.dim() == 2 and not bool(attention_mask[:, -1].all())
+
+
+def _refuse_right_padding(generation_config: Any, generation_mode: Any) -> None:
+    """These take the logits of the last column, or of a chunk in which a row may have ended before."""
+    for name, used in (
+        ("prefill_chunk_size", generation_config.prefill_chunk_size is not None),
+        ("assisted decoding", str(getattr(generation_mode, "value", "")) == "assisted_generation"),
+    ):
+        if used:
+            raise UnsupportedError(f"{name} with right padding is not supported: pad on the left")
 
 
 _warned: set[int] = set()

@@ -1,6 +1,4 @@
-"""Weights from scratch (numerics.md, "Initialization"): one rule per tensor, whether it sits in a model or is on its way
-to a file.
-"""
+"""Weights from scratch (numerics.md, "Initialization"): one rule per tensor, for models and for files without one."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 """Loading and saving the weights of a model: strict, streamed, one tensor at a time.
 
-`_load_pretrained_model` and `_finalize_model_loading` are private hooks of transformers; tests/transformers holds a
+What is overridden here are in part private hooks of transformers; tests/loading/test_transformers_hooks.py holds a
 canary for each.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -13,29 +14,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from nemotron_h.checkpoint.directory import Directory, locate, open_directory, write_directory
+from nemotron_h.checkpoint.directory import Directory, open_directory, write_directory
+from nemotron_h.checkpoint.json import load_json
 from nemotron_h.checkpoint.names import hub_names, plan, with_expert_bias
 from nemotron_h.checkpoint.safetensors import TensorReader, TensorSpec, dtype_name, read_header, spec_of
-from nemotron_h.errors import CheckpointError, InputError, ModelNotFoundError, UnsupportedError
+from nemotron_h.errors import CheckpointError, InputError, ModelNotFoundError, NemotronHError, UnsupportedError
 
 Read = Callable[[str], Tensor]
 
+_QUANTIZING = "quantization while loading is not in this version; load in bfloat16"
+_PARALLEL = "tensor parallel loading is not in this version"
 _REFUSED = {
     "gguf_file": "GGUF files are not read by this version; convert the checkpoint to safetensors",
-    "quantization_config": "quantization while loading is not in this version; load in bfloat16",
-    "load_in_8bit": "quantization while loading is not in this version; load in bfloat16",
-    "load_in_4bit": "quantization while loading is not in this version; load in bfloat16",
+    "quantization_config": _QUANTIZING,
+    "load_in_8bit": _QUANTIZING,
+    "load_in_4bit": _QUANTIZING,
     "key_mapping": "the family's spellings are known; rename the tensors of other checkpoints",
     "ignore_mismatched_sizes": "a tensor of another size would be replaced by a random one; use"
     " resize_token_embeddings after loading for another vocabulary",
-    "tp_plan": "tensor parallel loading is not in this version",
-    "tp_size": "tensor parallel loading is not in this version",
-    "distributed_config": "tensor parallel loading is not in this version",
+    "variant": "only model.safetensors and model.safetensors.index.json are read; rename the variant's files",
+    "tp_plan": _PARALLEL,
+    "tp_size": _PARALLEL,
+    "device_mesh": _PARALLEL,
+    "distributed_config": _PARALLEL,
 }
+_REFUSED_IN_SAVE = {
+    "variant": "the files are called model.safetensors or model-<i>-of-<n>.safetensors; rename them afterwards",
+    "distributed_checkpoint": "checkpoints are written from one process by this version",
+}
+# What matters for finding and reading config.json.
+_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "dtype")
 
 
 class Loading(PreTrainedModel):
@@ -46,27 +59,31 @@ class Loading(PreTrainedModel):
         """Load a checkpoint directory or a hub id; arguments as in transformers. Pickle files are never read.
 
         Args:
-            pretrained_model_name_or_path: Directory, or hub id (`revision`, `token`, `cache_dir`, offline as usual).
+            pretrained_model_name_or_path: Directory, or hub id (`revision`, `token`, `cache_dir`, offline as usual);
+                None with `config` and `state_dict`, whose tensors are copied.
             dtype: Default "auto", the checkpoint's.
 
         Raises:
             ModelNotFoundError: no such directory or repository. CheckpointError: damaged, or not of this config: one
                 error that lists every missing, unexpected and wrong tensor. ConfigError: an illegal config.
+                UnsupportedError: quantized weights, adapters, or an argument that this version does not act on.
         """
-        for name, reason in _REFUSED.items():
-            if kwargs.get(name):
-                raise UnsupportedError(f"from_pretrained({name}=...): {reason}")
-        if pretrained_model_name_or_path is not None:
-            path = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-            if path.is_dir() and kwargs.get("variant") is None:
-                locate(path)
-        kwargs["use_safetensors"] = True
+        source = pretrained_model_name_or_path
+        _refuse(kwargs, _REFUSED, "from_pretrained")
+        if kwargs.pop("use_safetensors", None) is False:
+            raise UnsupportedError("from_pretrained(use_safetensors=False): pickle can run code, so it is never loaded")
+        if source is None and (kwargs.get("config") is None or kwargs.get("state_dict") is None):
+            raise InputError("from_pretrained(None): give a path or a hub id, or both config=... and state_dict=...")
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        except (CheckpointError, ModelNotFoundError):
+            _check_files(source, kwargs.get("subfolder") or "")
+            _check_config(cls, source, kwargs)
+            return super().from_pretrained(source, *model_args, use_safetensors=True, **kwargs)
+        except NemotronHError:
             raise
+        except SafetensorError as error:  # transformers looks for the dtype when the config does not say it
+            raise CheckpointError(f"{source}: not a readable safetensors file ({error})") from error
         except OSError as error:
-            raise ModelNotFoundError.of(pretrained_model_name_or_path, error) from error
+            raise ModelNotFoundError.of(source, error) from error
 
     @staticmethod
     def _load_pretrained_model(
@@ -77,18 +94,23 @@ class Loading(PreTrainedModel):
         *_: Any,
     ) -> tuple[LoadStateDictInfo, None]:
         """Fill the meta model; transformers' hook."""
-        if load_config.hf_quantizer is not None or load_config.device_mesh is not None:
-            raise UnsupportedError("quantizers of transformers and device meshes are not supported by this version")
         where = str(load_config.pretrained_model_name_or_path)
         if state_dict is not None:
+            for name, tensor in state_dict.items():
+                if not isinstance(tensor, Tensor):
+                    raise InputError(f"state_dict[{name!r}] must be a tensor, is {type(tensor).__name__}")
             specs = {name: spec_of(name, tensor) for name, tensor in state_dict.items()}
-            fill(model, specs, state_dict.__getitem__, load_config, "state_dict")
+            fill(model, specs, lambda name: state_dict[name].detach().clone(), load_config, "state_dict")
         else:
             directory = _open(checkpoint_files or [])
             with TensorReader() as reader:
                 fill(model, directory.tensors, lambda name: reader.read(directory.tensors[name]), load_config, where)
         tied = set(model.all_tied_weights_keys)  # transformers ties those that it hears are missing
         return LoadStateDictInfo(tied, set(), set(), [], {}, set()), None
+
+    def _load_and_finalize_distributed_pretrained_model(self, directory: Any, *_: Any) -> Any:
+        """transformers' way for directories with files `shard-<i>-model-<j>-of-<n>.safetensors`, which checks little."""
+        raise UnsupportedError(f"{directory}: holds a distributed checkpoint; save it again with save_pretrained(...)")
 
     def save_pretrained(
         self,
@@ -104,6 +126,9 @@ class Loading(PreTrainedModel):
         An older checkpoint in the directory stays loadable until the new one is complete. Arguments as in transformers;
         memory: one tensor beyond the model.
         """
+        _refuse(kwargs, _REFUSED_IN_SAVE, "save_pretrained")
+        if kwargs.pop("safe_serialization", True) is False:
+            raise UnsupportedError("save_pretrained(safe_serialization=False): pickle is never written")
         if getattr(self, "_hf_peft_config_loaded", False):  # adapters only, in PEFT's layout
             given = None if state_dict is None else dict(state_dict)
             super().save_pretrained(save_directory, is_main_process, given, push_to_hub, max_shard_size, **kwargs)
@@ -129,14 +154,62 @@ class Loading(PreTrainedModel):
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def _save_json(self, directory: Path) -> None:
-        self.config.dtype = str(self.dtype).removeprefix("torch.")
-        self.config.architectures = [type(self).__name__]
+        config = copy.deepcopy(self.config)
+        config.dtype = str(self.dtype).removeprefix("torch.")
+        config.architectures = [type(self).__name__]
+        config.__dict__.pop("quantization_config", None)  # of the checkpoint the config came from, not of these weights
         with tempfile.TemporaryDirectory(dir=directory, prefix=".tmp-") as temporary:
-            self.config.save_pretrained(temporary)
+            config.save_pretrained(temporary)
             if self.can_generate():
                 self.generation_config.save_pretrained(temporary)
             for file in Path(temporary).iterdir():
                 os.replace(file, directory / file.name)
+
+
+def _refuse(kwargs: Mapping[str, Any], refused: Mapping[str, str], function: str) -> None:
+    for name, reason in refused.items():
+        if kwargs.get(name):
+            raise UnsupportedError(f"{function}({name}=...): {reason}")
+
+
+def _check_files(source: Any, subfolder: str) -> None:
+    """Refuse a local directory that is damaged before transformers opens any of its files."""
+    if source is None:
+        return
+    path = Path(source, subfolder)
+    if not path.exists() and (path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1):
+        raise ModelNotFoundError(f"{path}: no such directory, and not a hub id (owner/name)")
+    if not path.is_dir():
+        return
+    open_directory(path)
+    if (path / "adapter_config.json").exists():
+        raise UnsupportedError(
+            f"{path}: holds an adapter (adapter_config.json), which from_pretrained does not apply: load the model from"
+            " a directory of its own, then peft.PeftModel.from_pretrained(model, adapter_directory)"
+        )
+    generation = path / "generation_config.json"
+    if generation.exists():
+        values = load_json(generation, "generation config")
+        try:
+            GenerationConfig.from_dict(values)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{generation}: {str(error).splitlines()[0]}") from error
+
+
+def _check_config(cls: type[PreTrainedModel], source: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuse quantized weights in words, before transformers looks for a quantizer of that name."""
+    config = kwargs.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        own = {name: kwargs[name] for name in _HUB if kwargs.get(name) is not None}
+        assert cls.config_class is not None
+        config = cls.config_class.from_pretrained(source if config is None else config, **own)
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else type(quantized).__name__
+        raise UnsupportedError(
+            f"{source}: quantization_config in config.json says {method}; this version reads float32, bfloat16 and"
+            " float16 weights only: take the BF16 checkpoint, or drop the entry if the weights are none of those"
+        )
 
 
 def _open(files: list[str]) -> Directory:
@@ -155,17 +228,16 @@ def fill(model: Any, specs: Mapping[str, Any], read: Read, load_config: Any, whe
             module.add_bias()
     state = model.state_dict()
     tied = dict(model.all_tied_weights_keys)
-    wanted = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in tied}
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     causal = hasattr(model, "lm_head")
     ignore = [] if causal and getattr(model, "mtp", None) is not None else ["mtp."]
-    ignore += [] if causal and not tied else ["lm_head."]
-    matched = plan(specs, wanted, ignore, where)
-    if tied and "lm_head.weight" in specs:
-        _check_tie(matched.sources["model.embeddings.weight"][0], read, where)
-    for name, sources in matched.sources.items():
-        dtype = state[name].dtype
-        device = _device(load_config.device_map, name)
-        _put(model, name, _assemble(sources, read, wanted[name], dtype, device))
+    ignore += [] if causal else ["lm_head."]
+    sources = plan(specs, wanted, ignore, where, optional=tied).sources
+    devices = {name: _device(load_config.device_map, name) for name in wanted}
+    for name, source in tied.items():
+        _check_tie(sources.pop(name), sources[source], read, where)
+    for name, files in sources.items():
+        _put(model, name, _assemble(files, read, wanted[name], state[name].dtype, devices[name]))
 
 
 def _experts_at(model: nn.Module, hub_prefix: str) -> Any:
@@ -204,11 +276,12 @@ def _device(device_map: Any, name: str) -> Any:
     return device
 
 
-def _check_tie(embeddings: str, read: Read, where: str) -> None:
-    if not torch.equal(read("lm_head.weight"), read(embeddings)):
+def _check_tie(tied: list[str], source: list[str], read: Read, where: str) -> None:
+    """A tied checkpoint need not hold the second tensor; if it does, the two must be equal."""
+    if tied and not torch.equal(read(tied[0]), read(source[0])):
         raise CheckpointError(
-            f"{where}: tie_word_embeddings=True, but lm_head.weight differs from the embeddings; set it to False in"
-            " config.json if the weights are right"
+            f"{where}: tie_word_embeddings=True, but {tied[0]} differs from {source[0]}; set it to False in config.json"
+            " if the weights are right"
         )
 
 

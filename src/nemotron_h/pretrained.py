@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -49,7 +49,7 @@ class NemotronHPreTrainedModel(Loading):
                 initialize(name, buffer, self.config)
         if self.config.rescale_prenorm_residual and hasattr(module, "A_log"):
             # Drawn once more: as a linear of its own it did not know that it belongs to a Mamba mixer.
-            initialize("out_proj.weight", module.out_proj.weight, self.config)
+            initialize("out_proj.weight", cast(Any, module.out_proj).weight, self.config)
 
 
 def _check_memory(config: NemotronHConfig) -> None:

@@ -38,6 +38,7 @@ REACHING = {
     "decoder": {"hidden_size": 1},
     "generator": {"hidden_size": 1},
     "text_encoder": {"hidden_size": 1},
+    "encoder": {"hidden_size": 1},
     "rope_scaling": "longrope",
     "rope_parameters": {"rope_type": "yarn"},
     "validate": None,

@@ -235,9 +235,9 @@ def _without_experts(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_intermediate_sizes_per_layer() -> None:
-    config = NemotronHConfig(hybrid_override_pattern="-M-", intermediate_size=(8, 16))
+    config = NemotronHConfig(hybrid_override_pattern="MM-M-", intermediate_size=(8, 16))
     assert config.intermediate_size == [8, 16]
-    assert [config.layer(index).intermediate_size for index in (0, 2)] == [8, 16]
+    assert [config.layer(index).intermediate_size for index in (2, 4)] == [8, 16]
 
 
 def test_language_model_of_a_multimodal_config(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ A model's own names differ from the hub's in two ways: `model.` for `backbone.`,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,7 +25,9 @@ _SPELLINGS = (
     (re.compile(r"\.mixer\.(gate\.)?e_score_correction\.bias$"), ".mixer.gate.e_score_correction_bias"),
     (re.compile(r"\.experts\.(up_proj|down_proj)\.(weight)$"), r".experts.\1"),
 )
-_QUANTIZED = re.compile(r"\.(weight_scale|weight_scale_2|input_scale|k_scale|v_scale|weight_packed|weight_scale_inv)$")
+_LANGUAGE = "language_model."
+_PACKED = ("F8", "F4", "U8", "I8")
+_SCALE = re.compile(r"\.(weight_scale|weight_scale_2|input_scale|k_scale|v_scale|weight_packed|weight_scale_inv)$")
 
 
 class Spec(Protocol):
@@ -41,7 +43,7 @@ class Spec(Protocol):
 
 def canonical(name: str) -> str:
     """The hub's spelling of a checkpoint's tensor name."""
-    name = name.removeprefix("language_model.")
+    name = name.removeprefix(_LANGUAGE)
     if name.startswith("model."):
         name = "backbone." + name.removeprefix("model.")
     elif name.startswith(("layers.", "embeddings.", "embedding.", "norm_f.")):
@@ -83,13 +85,17 @@ def with_expert_bias(names: Iterable[str]) -> set[str]:
 
 @dataclass
 class Plan:
-    """For every tensor of the model the checkpoint's tensors it is made of: one, or one per expert."""
+    """For every tensor of the model the checkpoint's tensors it is made of: one, one per expert, or none if optional."""
 
     sources: dict[str, list[str]] = field(default_factory=dict)
 
 
 def plan(
-    specs: Mapping[str, Spec], wanted: Mapping[str, Shape], ignore: Sequence[str] = (), where: str = "checkpoint"
+    specs: Mapping[str, Spec],
+    wanted: Mapping[str, Shape],
+    ignore: Sequence[str] = (),
+    where: str = "checkpoint",
+    optional: Collection[str] = (),
 ) -> Plan:
     """Match a checkpoint with a model, strictly.
 
@@ -98,6 +104,7 @@ def plan(
         wanted: The model's tensors by its own names.
         ignore: Prefixes (hub spelling) of tensors that this model does not need.
         where: The checkpoint's path, for the error.
+        optional: Those of `wanted` that may be absent.
 
     Raises:
         CheckpointError: listing every missing, unexpected, duplicate and wrong tensor.
@@ -114,39 +121,40 @@ def plan(
         result.sources[native] = []
         for name, piece_shape in pieces:
             own = found.pop(name, None)
-            if own is None:
+            if own is not None:
+                result.sources[native].append(own)
+                wrong += _misfit(specs[own], piece_shape)
+            elif native not in optional:
                 missing.append(name)
-                continue
-            result.sources[native].append(own)
-            wrong += _misfit(specs[own], piece_shape)
     unexpected = [own for name, own in found.items() if not name.startswith(tuple(ignore))]
-    _raise(where, missing, unexpected, wrong)
+    quantized = any(_SCALE.search(own) or specs[own].dtype.startswith(_PACKED) for own in specs)
+    _raise(where, missing, unexpected, wrong, quantized)
     return result
 
 
 def _by_canonical_name(specs: Mapping[str, Spec], wrong: list[str]) -> dict[str, str]:
-    multimodal = any(name.startswith("language_model.") for name in specs)
     found: dict[str, str] = {}
-    for own in specs:
-        if multimodal and not own.startswith("language_model."):
-            continue
+    multimodal = False
+    for own in sorted(specs, key=lambda name: not name.startswith(_LANGUAGE)):  # those of the language model first
         name = canonical(own)
         if name in found:
             wrong.append(f"{own} and {found[name]} are two spellings of {name}")
-        found[name] = own
+        elif own.startswith(_LANGUAGE) or not multimodal:
+            found[name] = own
+        multimodal |= own.startswith(_LANGUAGE)
     return found
 
 
 def _misfit(spec: Spec, shape: Shape) -> list[str]:
+    found = []
     if spec.dtype not in FLOATS:
-        return [f"{spec.name} is {spec.dtype}, expected one of {', '.join(FLOATS)}"]
+        found.append(f"{spec.name} is {spec.dtype}, expected one of {', '.join(FLOATS)}")
     if tuple(spec.shape) != tuple(shape):
-        return [f"{spec.name} is {list(spec.shape)}, expected {list(shape)}"]
-    return []
+        found.append(f"{spec.name} is {list(spec.shape)}, expected {list(shape)}")
+    return found
 
 
-def _raise(where: str, missing: list[str], unexpected: list[str], wrong: list[str]) -> None:
-    quantized = [name for name in unexpected if _QUANTIZED.search(name)]
+def _raise(where: str, missing: list[str], unexpected: list[str], wrong: list[str], quantized: bool) -> None:
     parts = [
         f"{len(names)} {kind}: {', '.join(names[:_SHOWN])}"
         + (f" and {len(names) - _SHOWN} more" * (len(names) > _SHOWN))

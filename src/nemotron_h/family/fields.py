@@ -237,7 +237,7 @@ _moe = {
 _mtp = {
     "num_nextn_predict_layers": Field(0, integer(0, 64), "Multi-token prediction heads in the checkpoint."),
     "mtp_layers_block_type": Field(
-        ("attention", "moe"), block_types, "Block types of one head; also read from `mtp_hybrid_override_pattern`."
+        ["attention", "moe"], block_types, "Block types of one head; also read from `mtp_hybrid_override_pattern`."
     ),
     "mtp_loss_coef": Field(0.0, number(0, 1e6), "Scale of the MTP loss (Megatron: 0.3); 0 leaves it out."),
     "mtp_loss_depths": Field(2, integer(1, 64), "Depths over which a training step averages the MTP loss."),

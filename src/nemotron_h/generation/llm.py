@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nemotron_h.cache import NemotronHHybridDynamicCache
 from nemotron_h.errors import InputError, ModelNotFoundError, UnsupportedError
+from nemotron_h.family.fields import short
 from nemotron_h.generation.params import SamplingParams
 from nemotron_h.generation.sampler import Sampler, top_logprobs
 from nemotron_h.generation.text import StopTexts, Text
@@ -150,9 +151,11 @@ class LLM:
                 raise UnsupportedError(f"LLM({name}={value!r}) is not in this version; leave it out")
         for name, value in {"threads": threads, "max_model_len": max_model_len}.items():
             if value is not None and (type(value) is not int or value < 1):
-                raise InputError(f"{name}={value!r}: must be an integer >= 1 or None")
+                raise InputError(f"{name}={short(value)}: must be an integer >= 1 or None")
         if isinstance(model, NemotronHForCausalLM):
             self.model, self._text = model, Text(None)
+        elif not isinstance(model, str | os.PathLike):
+            raise InputError(f"model must be a path, a hub id or a NemotronHForCausalLM, got {type(model).__name__}")
         else:
             name = os.fspath(model)
             if name.endswith(".gguf"):
@@ -196,21 +199,20 @@ class LLM:
             InputError: an empty prompt, ids outside the vocabulary, a prompt beyond `max_model_len`.
         """
         listed = _as_list(prompts)
-        chosen = [params or SamplingParams()] * len(listed) if not isinstance(params, Sequence) else list(params)
+        params = SamplingParams() if params is None else params
+        chosen = list(params) if isinstance(params, list | tuple) else [params] * len(listed)
         if len(chosen) != len(listed):
             raise InputError(f"{len(chosen)} params for {len(listed)} prompts: give one for all, or one for each")
-        ready = [
-            (self._encode(prompt), p) for prompt, p in zip(listed, chosen, strict=True)
-        ]  # all errors before any work
-        for _, p in ready:
+        for p in chosen:
             self._check_params(p)
-        return [self._answer(ids, p) for ids, p in ready]
+        encoded = [self._encode(prompt) for prompt in listed]  # all errors before any work
+        return [self._answer(ids, p) for ids, p in zip(encoded, chosen, strict=True)]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Event]:
         """The text of one prompt while it grows; `Event.text` pieces joined are `Result.text`. Errors as `generate`."""
-        params = params or SamplingParams()
-        ids = self._encode(prompt)
+        params = SamplingParams() if params is None else params
         self._check_params(params)
+        ids = self._encode(prompt)
         if params.n != 1:
             raise InputError(f"stream() writes one text, params.n is {params.n}")
         return self._events(ids, params, self._prefill(ids, params), 0)
@@ -237,7 +239,7 @@ class LLM:
     def score(self, prompts: Prompt | Sequence[Prompt]) -> list[list[float | None]]:
         """Log-probability of every prompt token given those before it; None for the first."""
         scores = []
-        for ids in [self._encode(prompt) for prompt in _as_list(prompts)]:
+        for ids in [self._encode(prompt, room=0) for prompt in _as_list(prompts)]:
             logprobs_TV = self._forward(ids, None, all_logits=True)[0].log_softmax(-1)
             actual = logprobs_TV[:-1].gather(1, torch.tensor(ids[1:], dtype=torch.long)[:, None])[:, 0]
             scores.append([None, *actual.tolist()])
@@ -261,21 +263,24 @@ class LLM:
 
     # Checking
 
-    def _encode(self, prompt: Any) -> list[int]:
+    def _encode(self, prompt: Any, room: int = 1) -> list[int]:
+        """Token ids of a prompt that leaves `room` tokens for text."""
+        limit = self.max_model_len - room
         if isinstance(prompt, str):
+            if self.tokenizer is not None and self._text.fewest_tokens(prompt) > limit:
+                raise InputError(_too_long(f"{self._text.fewest_tokens(prompt)} tokens or more", self.max_model_len))
             ids = self._text.encode(prompt)
-        elif isinstance(prompt, Sequence) and all(type(i) is int for i in prompt):
+        elif isinstance(prompt, list | tuple) and all(type(i) is int for i in prompt):
             ids = list(prompt)
         else:
             raise InputError(f"a prompt must be a text or a list of token ids, got {type(prompt).__name__}")
         if not ids:
             raise InputError("the prompt is empty: give at least one token")
         if min(ids) < 0 or max(ids) >= self.config.vocab_size:
-            raise InputError(f"token ids must lie in [0, {self.config.vocab_size}), got {min(ids)} to {max(ids)}")
-        if len(ids) >= self.max_model_len:
-            raise InputError(
-                f"the prompt has {len(ids)} tokens, max_model_len={self.max_model_len} leaves no room for text"
-            )
+            low, high = short(min(ids)), short(max(ids))
+            raise InputError(f"token ids must lie in [0, {self.config.vocab_size}), got {low} to {high}")
+        if len(ids) > limit:
+            raise InputError(_too_long(f"{len(ids)} tokens", self.max_model_len))
         return ids
 
     def _check_params(self, params: SamplingParams) -> None:
@@ -283,7 +288,8 @@ class LLM:
             raise InputError(f"params must be SamplingParams, got {type(params).__name__}")
         for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
             if ids and max(ids) >= self.config.vocab_size:
-                raise InputError(f"{name} has id {max(ids)}, the vocabulary ends at {self.config.vocab_size - 1}")
+                end = self.config.vocab_size - 1
+                raise InputError(f"{name} has id {short(max(ids))}, the vocabulary ends at {end}")
         if params.stops and self.tokenizer is None:
             raise InputError("stop texts need a tokenizer, which this checkpoint lacks: use stop_token_ids")
 
@@ -364,10 +370,18 @@ def _collect(events: Iterator[Event], params: SamplingParams) -> Completion:
     )
 
 
+def _too_long(tokens: str, max_model_len: int) -> str:
+    return f"the prompt has {tokens}, max_model_len={max_model_len} leaves no room for text: give a shorter prompt"
+
+
 def _as_list(prompts: Any) -> list[Any]:
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Sequence) or not prompts:
+    if not isinstance(prompts, list | tuple):
+        raise InputError(
+            f"prompts must be a text, a list of token ids, or a list of either, got {type(prompts).__name__}"
+        )
+    if not prompts:
         raise InputError("the prompt is empty: give a text, a list of token ids, or a list of either")
     return [prompts] if all(type(i) is int for i in prompts) else list(prompts)
 

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from nemotron_h.errors import InputError, UnsupportedError
+from nemotron_h.family.fields import INT_MAX, short
 
 Check = Callable[[Any], bool]
 
+MAX_STOPS, MAX_STOP_LENGTH = 64, 1024  # every token is compared with all of them
 
-def _integer(low: int, high: float = 2**63 - 1, optional: bool = False) -> Check:
+
+def _integer(low: int, high: int = INT_MAX, optional: bool = False) -> Check:
     return lambda v: (optional and v is None) or (type(v) is int and low <= v <= high)
 
 
 def _number(low: float, high: float, open_low: bool = False) -> Check:
-    def check(value: Any) -> bool:
-        if type(value) not in (int, float) or not math.isfinite(value):
-            return False
-        return (low < value if open_low else low <= value) and value <= high
-
-    return check
+    """NaN fails every comparison, infinities fail one."""
+    return lambda v: type(v) in (int, float) and (low < v if open_low else low <= v) and v <= high
 
 
 def _stop(value: Any) -> bool:
     texts = [value] if isinstance(value, str) else value
-    return texts is None or (isinstance(texts, list | tuple) and all(isinstance(t, str) and t for t in texts))
+    if texts is None:
+        return True
+    listed = isinstance(texts, list | tuple) and len(texts) <= MAX_STOPS
+    return listed and all(isinstance(t, str) and 0 < len(t) <= MAX_STOP_LENGTH for t in texts)
 
 
 def _ids(value: Any) -> bool:
@@ -37,27 +38,26 @@ def _ids(value: Any) -> bool:
 def _bias(value: Any) -> bool:
     if value is None:
         return True
-    if not isinstance(value, Mapping):
-        return False
-    return all(type(k) is int and k >= 0 and type(v) in (int, float) and math.isfinite(v) for k, v in value.items())
+    number = _number(-100, 100)
+    return isinstance(value, Mapping) and all(type(k) is int and k >= 0 and number(v) for k, v in value.items())
 
 
 _RULES: dict[str, tuple[str, Check]] = {
-    "max_tokens": ("an integer >= 1", _integer(1)),
+    "max_tokens": (f"an integer from 1 to {INT_MAX}", _integer(1)),
     "temperature": ("a number from 0 to 100", _number(0, 100)),
     "top_p": ("a number in (0, 1]", _number(0, 1, open_low=True)),
-    "top_k": ("an integer >= 0 (0: all)", _integer(0)),
+    "top_k": (f"an integer from 0 (all) to {INT_MAX}", _integer(0)),
     "min_p": ("a number in [0, 1]", _number(0, 1)),
-    "repetition_penalty": ("a number in (0, 100]", _number(0, 100, open_low=True)),
+    "repetition_penalty": ("a number from 0.01 to 100", _number(0.01, 100)),
     "presence_penalty": ("a number from -100 to 100", _number(-100, 100)),
     "frequency_penalty": ("a number from -100 to 100", _number(-100, 100)),
-    "seed": ("an integer >= 0 or None", _integer(0, 2**62, optional=True)),
-    "stop": ("a text, a list of non-empty texts, or None", _stop),
-    "stop_token_ids": ("a list of token ids or None", _ids),
+    "seed": ("an integer from 0 to 2**62 or None", _integer(0, 2**62, optional=True)),
+    "stop": (f"a text, a list of at most {MAX_STOPS} texts, each of 1 to {MAX_STOP_LENGTH} characters, or None", _stop),
+    "stop_token_ids": ("a list of token ids, all integers >= 0, or None", _ids),
     "ignore_eos": ("True or False", lambda v: type(v) is bool),
     "logprobs": ("an integer from 0 to 1000 or None", _integer(0, 1000, optional=True)),
     "prompt_logprobs": ("an integer from 0 to 1000 or None", _integer(0, 1000, optional=True)),
-    "logit_bias": ("a dict from token ids to finite numbers, or None", _bias),
+    "logit_bias": ("a dict from token ids to numbers from -100 to 100, or None", _bias),
     "n": ("an integer from 1 to 1024", _integer(1, 1024)),
 }
 _LATER = ("thinking_budget", "json_schema", "regex", "grammar", "adapter")
@@ -116,7 +116,7 @@ class SamplingParams:
                 raise UnsupportedError(f"SamplingParams({name}=...) is not in this version; leave it out")
         for name, (rule, check) in _RULES.items():
             if not check(getattr(self, name)):
-                raise InputError(f"{name}={getattr(self, name)!r}: must be {rule}")
+                raise InputError(f"{name}={short(getattr(self, name))}: must be {rule}")
 
     @property
     def stops(self) -> list[str]:

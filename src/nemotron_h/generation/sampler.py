@@ -12,6 +12,8 @@ from torch import Tensor
 
 from nemotron_h.generation.params import SamplingParams
 
+LOWEST_TEMPERATURE = 1e-30  # float32 would round a smaller one to zero; below 1e-6 it makes no difference anyway
+
 
 class Sampler:
     """Chooses the tokens of one text; keeps its random state and the counts of what was said."""
@@ -33,7 +35,8 @@ class Sampler:
         if params.temperature == 0:
             token = int(logits_V.argmax())
         else:
-            kept_V = truncate(logits_V / params.temperature, params.top_k, params.top_p, params.min_p)
+            scaled_V = (logits_V - logits_V.max()) / max(params.temperature, LOWEST_TEMPERATURE)  # no overflow
+            kept_V = truncate(scaled_V, params.top_k, params.top_p, params.min_p)
             token = int(torch.multinomial(kept_V.softmax(-1), 1, generator=self.generator))
         self.said.append(token)
         return token
@@ -52,7 +55,8 @@ class Sampler:
             logits_V -= params.presence_penalty * (counts_V > 0) + params.frequency_penalty * counts_V
         for token, bias in (params.logit_bias or {}).items():
             logits_V[token] += bias
-        return logits_V
+        limits = torch.finfo(logits_V.dtype)
+        return logits_V.clamp(limits.min, limits.max)  # a penalty may have led an extreme one to infinity
 
 
 def truncate(logits_V: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,13 @@ from transformers import PreTrainedTokenizerFast
 
 from nemotron_h.errors import CheckpointError, InputError
 
-_SENTINEL = "\ue000{}\ue001"  # private use: no template looks for it, no vocabulary merges over it
-
 
 class Text:
     """The text side of a checkpoint; every method says so when the checkpoint has no tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast | None) -> None:
         self.tokenizer = tokenizer
+        self._longest: int | None = None
 
     @classmethod
     def load(cls, name: str, **kwargs: Any) -> Text:
@@ -29,14 +29,16 @@ class Text:
         Raises:
             CheckpointError: there is one, but it cannot be read.
         """
-        if Path(name).is_dir() and not (Path(name) / "tokenizer.json").exists():
+        local = Path(name).is_dir()
+        if local and not (Path(name) / "tokenizer.json").exists():
             return cls(None)
         try:
             return cls(PreTrainedTokenizerFast.from_pretrained(name, **kwargs))
-        except OSError:
-            return cls(None)
         except Exception as error:  # tokenizers raises bare Exception for a damaged file
-            raise CheckpointError(f"{name}: tokenizer.json cannot be read ({error})") from error
+            if isinstance(error, OSError) and not local:
+                return cls(None)  # the repository has none
+            files = "tokenizer.json or tokenizer_config.json"
+            raise CheckpointError(f"{name}: {files} cannot be read ({error})") from error
 
     def _need(self) -> PreTrainedTokenizerFast:
         if self.tokenizer is None:
@@ -45,45 +47,85 @@ class Text:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain prompt; special tokens written in it count as such."""
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(f"the prompt is not valid Unicode: {error.reason} at position {error.start}") from error
-        return self._need()(text)["input_ids"]
+        return self._ids(_unicode(text, "the prompt"))
+
+    def fewest_tokens(self, text: str) -> int:
+        """A number of tokens that `text` has at least, without tokenizing it: megabytes are then refused at once."""
+        tokenizer = self._need()
+        if tokenizer.backend_tokenizer.normalizer is not None:  # it may shorten the text
+            return 0
+        if self._longest is None:
+            self._longest = max(map(len, tokenizer.get_vocab()))
+        return len(text) // self._longest
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Any, template_kwargs: Mapping[str, Any]
     ) -> list[int]:
-        """Token ids of a conversation up to the assistant's turn; special tokens inside messages are plain text."""
+        """Token ids of a conversation up to the assistant's turn; special tokens in messages and tools are plain text.
+
+        Only the special tokens are kept from the template, by marks that it copies: what it does with the rest of a
+        text (strip it, look for `/no_think`) still happens.
+        """
         tokenizer = self._need()
         _check_messages(messages)
         if not tokenizer.chat_template:
             raise InputError("this checkpoint has no chat template: use generate() with a plain prompt")
-        specials = [t.content for t in tokenizer.added_tokens_decoder.values()]
-        contents = [m["content"] for m in messages if isinstance(m.get("content"), str)]
-        if not any(special in content for content in contents for special in specials):
-            return tokenizer(self._render(messages, tools, template_kwargs), add_special_tokens=False)["input_ids"]
-        hidden = [
-            dict(m, content=_SENTINEL.format(i)) if isinstance(m.get("content"), str) else dict(m)
-            for i, m in enumerate(messages)
-        ]
+        given = _strings([*messages, *(tools or ())])
+        specials = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        mark = next(chr(c) for c in range(0xE000, 0x110000) if not any(chr(c) in text for text in given))
+
+        def hide(match: re.Match[str]) -> str:
+            return f"{mark}{specials.index(match[0])}{mark}"
+
+        longest_first = "|".join(re.escape(special) for special in sorted(specials, key=len, reverse=True))
+        hidden = partial(re.sub, longest_first, hide) if specials else str
+        rendered = self._render(
+            [_map_strings(hidden, m) for m in messages], tools and _map_strings(hidden, tools), template_kwargs
+        )
         ids: list[int] = []
-        for index, piece in enumerate(re.split("\ue000(\\d+)\ue001", self._render(hidden, tools, template_kwargs))):
-            text = messages[int(piece)]["content"] if index % 2 else piece
-            ids += tokenizer(text, add_special_tokens=False, split_special_tokens=bool(index % 2))["input_ids"]
+        for index, piece in enumerate(re.split(f"{mark}(\\d+){mark}", rendered)):
+            text = specials[int(piece)] if index % 2 else piece
+            ids += self._ids(text, add_special_tokens=False, split_special_tokens=bool(index % 2))
         return ids
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Any, template_kwargs: Mapping[str, Any]) -> str:
+    def _ids(self, text: str, **kwargs: Any) -> list[int]:
+        return self._need()(text, verbose=False, **kwargs)["input_ids"]
+
+    def _render(self, messages: list[Any], tools: Any, template_kwargs: Mapping[str, Any]) -> str:
         try:
             rendered = self._need().apply_chat_template(
-                [dict(m) for m in messages], tools=tools, add_generation_prompt=True, tokenize=False, **template_kwargs
+                messages, tools=tools, add_generation_prompt=True, tokenize=False, **template_kwargs
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:  # templates add and index what is in the messages
             raise InputError(f"the chat template refuses these messages: {error}") from error
-        return str(rendered)
+        return _unicode(str(rendered), "the conversation")
 
     def decoder(self) -> Decoder:
         return Decoder(self.tokenizer)
+
+
+def _unicode(text: str, what: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} is not valid Unicode: {error.reason} at position {error.start}") from error
+    return text
+
+
+def _strings(value: Any) -> list[str]:
+    """Every text inside lists and dicts."""
+    found: list[str] = []
+    _map_strings(found.append, value)
+    return found
+
+
+def _map_strings(change: Callable[[str], Any], value: Any) -> Any:
+    """A copy of nested lists and dicts with every text changed, keys excepted."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _map_strings(change, item) for key, item in value.items()}
+    return [_map_strings(change, item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _check_messages(messages: Any) -> None:

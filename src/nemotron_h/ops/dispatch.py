@@ -7,6 +7,7 @@ An op folder registers its implementations once and calls the resulting `Op`:
 
 `impl="native"` never falls back: it raises `KernelError` with the kernel's reason. `impl=None` takes the kernel where
 its `refusal` finds nothing against it, and the reference everywhere else. settings.py lists the environment variables.
+A fast implementation that is no C++ kernel registers under a name of its own (`fast_name`) and obeys the same rules.
 """
 
 import logging
@@ -50,6 +51,7 @@ class Op:
     native     the C++ kernel's wrapper; without one, the reference
     refusal    says why the kernel cannot take these arguments, or None when it can
     slack      c of the error budget (see `budget`)
+    fast_name  what `impl=` calls the fast implementation; "native" is a C++ kernel
     """
 
     name: str
@@ -57,10 +59,16 @@ class Op:
     native: Callable[..., Any]
     refusal: Callable[..., str | None]
     slack: float
+    fast_name: str = "native"
 
     @property
     def has_kernel(self) -> bool:
-        return self.refusal is not _no_kernel
+        return self.refusal is not _no_kernel and self.fast_name == "native"
+
+    @property
+    def label(self) -> str:
+        """The fast implementation, in traces and errors."""
+        return f"native {_native.level()}" if self.has_kernel else self.fast_name
 
     def __call__(self, *args: Any, impl: str | None = None) -> Any:
         if torch.compiler.is_compiling():
@@ -70,7 +78,7 @@ class Op:
         asked = settings.current()
         reason = self.why_reference(args, impl)
         if asked.trace:
-            _trace(self.name, reason, args)
+            _trace(self, reason, args)
         if reason is not None:
             return self.reference(*args)
         result = self.native(*args)
@@ -92,11 +100,11 @@ class Op:
     def _obey(self, args: tuple[Any, ...], impl: str) -> str | None:
         if impl == "reference":
             return "impl='reference'"
-        if impl != "native":
-            raise KernelError(f"{self.name}: impl={impl!r} is not known: use 'reference', 'native' or None.")
+        if impl != self.fast_name:
+            raise KernelError(f"{self.name}: impl={impl!r} is not known: use 'reference', {self.fast_name!r} or None.")
         refusal = self.refusal(*args)
         if refusal is not None:
-            raise KernelError(f"{self.name}: impl='native' was asked for, but {refusal}.")
+            raise KernelError(f"{self.name}: impl={impl!r} was asked for, but {refusal}.")
         return None
 
 
@@ -106,9 +114,10 @@ def register(
     native: Callable[..., Any] | None = None,
     refusal: Callable[..., str | None] | None = None,
     slack: float = 4.0,
+    fast_name: str = "native",
 ) -> Op:
     """Make an `Op` and list it in `table`."""
-    op = Op(name, reference, native or reference, refusal or _no_kernel, slack)
+    op = Op(name, reference, native or reference, refusal or _no_kernel, slack, fast_name)
     _registry[name] = op
     return op
 
@@ -119,11 +128,13 @@ def table() -> list[Row]:
 
 
 def _row(op: Op) -> Row:
-    if not op.has_kernel:
+    if op.refusal is _no_kernel:
         return Row(op.name, ("reference",), "reference", _no_kernel())
-    both = ("reference", "native")
+    both = ("reference", op.fast_name)
     if settings.current().impl == "reference":
         return Row(op.name, both, "reference", "NEMOTRON_H_IMPL=reference")
+    if not op.has_kernel:
+        return Row(op.name, both, op.fast_name, "where its conditions hold")
     if _native.load() is None:
         return Row(op.name, both, "reference", _native.why_missing())
     return Row(op.name, both, "native", f"level {_native.level()}")
@@ -180,7 +191,7 @@ def _check(op: Op, args: tuple[Any, ...], result: Any) -> None:
         error, allowed = budget(fast, low_part, high_part, op.slack)
         if error > allowed:
             raise KernelError(
-                f"{op.name}: the {_native.level()} kernel is off by {error:.3g} where {allowed:.3g} is allowed, "
+                f"{op.name}: {op.label} is off by {error:.3g} where {allowed:.3g} is allowed, "
                 f"for {_describe(args)}. NEMOTRON_H_IMPL=reference runs without it; please report this."
             )
 
@@ -189,12 +200,12 @@ def _parts(result: Any) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def _trace(name: str, reason: str | None, args: tuple[Any, ...]) -> None:
+def _trace(op: Op, reason: str | None, args: tuple[Any, ...]) -> None:
     if not _log.hasHandlers():
         _log.addHandler(logging.StreamHandler())  # stderr
     _log.setLevel(logging.INFO)
-    chosen = f"native {_native.level()}" if reason is None else f"reference ({reason})"
-    _log.info("%s: %s, %s", name, chosen, _describe(args))
+    chosen = op.label if reason is None else f"reference ({reason})"
+    _log.info("%s: %s, %s", op.name, chosen, _describe(args))
 
 
 def _describe(args: tuple[Any, ...]) -> str:

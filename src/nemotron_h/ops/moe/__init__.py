@@ -9,7 +9,7 @@ from torch import Tensor
 from nemotron_h.ops import dispatch
 from nemotron_h.ops.moe import grouped, reference
 
-_EXPERTS = dispatch.register("moe", reference.experts)
+_EXPERTS = dispatch.register("moe", reference.experts, grouped.experts, grouped.refusal, fast_name="grouped")
 
 
 def experts(
@@ -32,10 +32,7 @@ def experts(
         up_EFL, down_ELF: Stacked projections, out x in.
         impl: "reference" or "grouped" (torch._grouped_mm); None takes what fits.
     """
-    args = (x_ML, experts_Mk, weights_Mk, up_EFL, down_ELF, activation, up_bias_EF, down_bias_EL)
-    if impl == "grouped" or (impl is None and grouped.refusal(x_ML, up_EFL, down_ELF, experts_Mk) is None):
-        return grouped.experts(*args)
-    return _EXPERTS(*args, impl=impl)
+    return _EXPERTS(x_ML, experts_Mk, weights_Mk, up_EFL, down_ELF, activation, up_bias_EF, down_bias_EL, impl=impl)
 
 
 def load(experts_Mk: Tensor, n_experts: int, valid_M: Tensor | None = None) -> Tensor:

@@ -6,22 +6,20 @@ Letters: M tokens · k experts per token · V = M·k visits · L, F widths · E 
 import torch
 from torch import Tensor
 
-from nemotron_h.errors import KernelError
-from nemotron_h.ops import settings
 from nemotron_h.ops.activations import activation as by_name
 from nemotron_h.ops.tracing import tracing
 
 _MIN_VISITS = 32  # below, the sort costs more than it saves
 
 
-def refusal(x_ML: Tensor, up_EFL: Tensor, down_ELF: Tensor, experts_Mk: Tensor) -> str | None:
+def refusal(
+    x_ML: Tensor, experts_Mk: Tensor, weights_Mk: Tensor, up_EFL: Tensor, down_ELF: Tensor, *_: object
+) -> str | None:
     """Why `torch._grouped_mm` cannot take this call or would be slower; None when it should."""
     if not hasattr(torch, "_grouped_mm"):
         return "this torch has no _grouped_mm"
     if tracing():
         return "tracing and functorch transforms take the reference"
-    if settings.current().impl == "reference":
-        return "NEMOTRON_H_IMPL=reference"
     if x_ML.dtype not in (torch.float32, torch.bfloat16) or up_EFL.dtype != x_ML.dtype or down_ELF.dtype != x_ML.dtype:
         return f"it takes float32 and bfloat16, not {x_ML.dtype} with {up_EFL.dtype}"
     if x_ML.is_meta or any(size * x_ML.element_size() % 16 for size in up_EFL.shape[1:]):
@@ -41,9 +39,7 @@ def experts(
     up_bias_EF: Tensor | None,
     down_bias_EL: Tensor | None,
 ) -> Tensor:
-    """See `nemotron_h.ops.moe.experts`. Raises `KernelError` where the predicate says no for the dtypes or widths."""
-    if x_ML.dtype == torch.float64 or any(size * x_ML.element_size() % 16 for size in up_EFL.shape[1:]):
-        raise KernelError(f"moe: impl='grouped' was asked for, but {refusal(x_ML, up_EFL, down_ELF, experts_Mk)}")
+    """See `nemotron_h.ops.moe.experts`; valid only where `refusal` is None."""
     expert_V = experts_Mk.flatten()
     order_V = expert_V.argsort(stable=True)
     sorted_V = expert_V[order_V]

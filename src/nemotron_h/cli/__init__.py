@@ -1,0 +1,145 @@
+"""`nemotron-h`: the command line. Each module here that `COMMANDS` names is one command, its function `command`.
+
+Nothing at the top of these modules imports torch or transformers, so that `--help` answers at once.
+Exit status: 0 done, 1 failed while working, 2 wrong use or unusable input, 130 on Ctrl-C. An error is one line on
+stderr and, with `--json`, one line of JSON on stdout.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from io import TextIOWrapper
+from typing import TYPE_CHECKING
+
+from nemotron_h import __version__
+from nemotron_h.cli._output import print_json
+from nemotron_h.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    MissingDependencyError,
+    NemotronHError,
+    UnsupportedError,
+)
+
+if TYPE_CHECKING:
+    import typer
+
+COMMANDS: dict[str, str] = {
+    "generate": "Continue a prompt.",
+    "chat": "Talk with a model in the terminal.",
+    "info": "Shape, parameters and memory of a model or a preset.",
+    "init": "Write a random-weight checkpoint of any shape.",
+    "verify": "Check a model's weights, and what this machine computes with them.",
+    "doctor": "What this machine offers, and which implementations run on it.",
+}
+
+DONE, FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+
+_UNUSABLE = (ConfigError, CheckpointError, InputError, UnsupportedError, MissingDependencyError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status. `argv`: the arguments without the program's name."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        import typer
+
+        click_error: type[Exception] = typer.BadParameter.__mro__[2]  # of click, or of the copy inside newer typers
+        try:
+            return _run(arguments)
+        except (click_error, typer.Abort, NemotronHError, MemoryError, OSError, RuntimeError) as error:
+            status, message = _explain(error)
+            if status is None:
+                raise
+            return _fail(arguments, status, type(error).__name__, message)
+    except KeyboardInterrupt:
+        return _fail(arguments, INTERRUPTED, "KeyboardInterrupt", "interrupted")
+
+
+def _run(arguments: list[str]) -> int:
+    from typer.main import get_command
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a text that the terminal cannot show is no failure
+    status = get_command(app()).main(arguments or ["--help"], prog_name="nemotron-h", standalone_mode=False)
+    if status == INTERRUPTED:  # typer's word for KeyboardInterrupt
+        raise KeyboardInterrupt
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    return status if isinstance(status, int) else DONE
+
+
+def app() -> typer.Typer:
+    """The typer application with all commands."""
+    import typer
+
+    application = typer.Typer(
+        name="nemotron-h",
+        help="Nemotron-H language models. Without a MODEL, a command uses the small model that ships with the package.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # rich would take longer to import than everything else together
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    def print_version(wanted: bool) -> None:
+        if wanted:
+            print(f"nemotron-h {__version__}")
+            raise typer.Exit
+
+    @application.callback()
+    def root(
+        version: bool = typer.Option(
+            False, "--version", is_eager=True, callback=print_version, help="Show the version and exit."
+        ),
+    ) -> None:
+        pass
+
+    for name, summary in COMMANDS.items():
+        application.command(name, short_help=summary)(import_module(f"nemotron_h.cli.{name}").command)
+    return application
+
+
+def _explain(error: Exception) -> tuple[int | None, str]:
+    """Exit status and message of an error; the status is None for what only a mistake of ours can raise."""
+    if isinstance(error, NemotronHError):
+        return (UNUSABLE if isinstance(error, _UNUSABLE) else FAILED), str(error)
+    if (format_message := getattr(error, "format_message", None)) is not None:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "nemotron-h"
+        return UNUSABLE, f"{format_message()} See {command} --help."
+    if isinstance(error, BrokenPipeError) and not _stdout_works():
+        return DONE, ""  # nobody reads any more: `| head`
+    if isinstance(error, OSError):
+        where = f": {error.filename}" if error.filename else ""
+        return FAILED, f"{error.strerror or error}{where}"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return FAILED, f"out of memory {error}"
+    return None, ""
+
+
+def _fail(arguments: list[str], status: int, kind: str, message: str) -> int:
+    line = " ".join(message.split())
+    if line and sys.stderr is not None:
+        print(f"error: {line}", file=sys.stderr)
+    if line and "--json" in arguments and _stdout_works():
+        print_json({"error": {"type": kind, "message": line, "status": status}})
+    _stdout_works()
+    return status
+
+
+def _stdout_works() -> bool:
+    """Flush stdout; one that fails is replaced by the null device, or the interpreter would complain at its exit."""
+    if sys.stdout is None:
+        return False
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True

@@ -1,0 +1,215 @@
+"""`nemotron-h doctor`: what this machine offers and what runs on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+import time
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Annotated, Any
+
+import typer
+
+from nemotron_h import __version__, demo
+from nemotron_h.cli import _options
+from nemotron_h.cli._output import columns, note, print_json, size
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy")
+OPTIONAL = ("prompt-toolkit", "peft", "accelerate", "mamba-ssm", "causal-conv1d")
+
+_MEASURED_BYTES = 256 << 20
+
+
+def command(
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure the memory bandwidth.")] = True,
+    json: _options.Json = False,
+) -> None:
+    """CPU features, threads, the implementation chosen for every op, versions, and what is missing."""
+    note("importing torch")
+    facts = {
+        "versions": _versions(),
+        "cpu": _cpu(),
+        "threads": _threads(),
+        "memory": _memory(measure),
+        "kernels": _kernels(),
+        "ops": _ops(),
+        "cuda": _cuda(),
+        "settings": {name: value for name, value in sorted(os.environ.items()) if name.startswith("NEMOTRON_H_")},
+        "shipped_model": {
+            "path": str(demo.demo_model()),
+            "present": (demo.demo_model() / "model.safetensors").exists(),
+        },
+    }
+    if json:
+        print_json(facts)
+    else:
+        print("\n".join(_text(facts)))
+
+
+def _versions() -> dict[str, Any]:
+    return {
+        "nemotron-h": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "optional": {name: _version(name) for name in OPTIONAL},
+        "tested_transformers": _tested("transformers"),
+    }
+
+
+def _version(package: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _tested(package: str) -> dict[str, Any] | None:
+    """The range that this package declares for another one, and whether the installed version lies in it."""
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+
+    try:
+        requirements = [Requirement(text) for text in metadata.requires("nemotron-h") or []]
+    except metadata.PackageNotFoundError:
+        return None  # run from its sources
+    installed = _version(package)
+    for requirement in requirements:
+        if requirement.name == package:
+            inside = installed is not None and requirement.specifier.contains(installed, prereleases=True)
+            return {"range": str(requirement.specifier), "inside": inside}
+    return None
+
+
+def _cpu() -> dict[str, Any]:
+    from nemotron_h.ops import _native
+
+    return {"model": _cpu_model(), "machine": platform.machine(), "features": _native.cpu_features()}
+
+
+def _cpu_model() -> str | None:
+    try:
+        found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return platform.processor() or None
+    return found[1] if found else None
+
+
+def _threads() -> dict[str, Any]:
+    import torch
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    return {"torch": torch.get_num_threads(), "cpus": os.cpu_count(), "affinity": allowed, "cgroup_quota": _quota()}
+
+
+def _quota() -> float | None:
+    """CPUs that the container may use, from cgroup v2 or v1; None without a limit."""
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        try:
+            words = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in names).split()
+            quota, period = float(words[0]), float(words[1])
+        except (OSError, ValueError, IndexError):  # another version, or "max"
+            continue
+        if quota > 0 and period > 0:
+            return quota / period
+    return None
+
+
+def _memory(measure: bool) -> dict[str, Any]:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"bytes": total, "read_bytes_per_second": _bandwidth() if measure else None}
+
+
+def _bandwidth() -> float:
+    """Bytes per second at which torch's threads read memory; the best of a few sums over more than the caches hold."""
+    import torch
+
+    values = torch.ones(_MEASURED_BYTES // 4)
+    best = float("inf")
+    deadline = time.perf_counter() + 0.5
+    while time.perf_counter() < deadline:
+        start = time.perf_counter()
+        values.sum()
+        best = min(best, time.perf_counter() - start)
+    return _MEASURED_BYTES / best
+
+
+def _kernels() -> dict[str, Any]:
+    from nemotron_h.ops import _native
+
+    if _native.load() is None:
+        return {"levels": [], "level": None, "missing": _native.why_missing()}
+    return {"levels": list(_native.levels()), "level": _native.level(), "missing": None}
+
+
+def _ops() -> list[dict[str, Any]]:
+    from nemotron_h import ops
+    from nemotron_h.ops import dispatch
+
+    for found in iter_modules(ops.__path__):
+        if found.ispkg:
+            import_module(f"nemotron_h.ops.{found.name}")
+    return [row._asdict() for row in dispatch.table()]
+
+
+def _cuda() -> dict[str, Any]:
+    import torch
+
+    packages = {name: find_spec(name) is not None for name in ("mamba_ssm", "causal_conv1d")}
+    return {"available": torch.cuda.is_available(), "packages": packages, "note": "CUDA paths: not run on hardware"}
+
+
+def _text(facts: dict[str, Any]) -> list[str]:
+    versions, cpu, threads, memory = facts["versions"], facts["cpu"], facts["threads"], facts["memory"]
+    features = ", ".join(name for name, present in cpu["features"].items() if present and name != "amx_permission")
+    speed = memory["read_bytes_per_second"]
+    quota = "no limit" if threads["cgroup_quota"] is None else f"{threads['cgroup_quota']:g}"
+    tested = versions["tested_transformers"]
+    lines = [
+        f"nemotron-h    {versions['nemotron-h']}, Python {versions['python']} ({sys.executable})",
+        f"platform      {versions['platform']}",
+        f"packages      {_listed(versions['packages'])}",
+        f"optional      {_listed(versions['optional'])}",
+        f"CPU           {cpu['model'] or cpu['machine']}",
+        f"features      {features or 'unknown without the kernels'}",
+        f"AMX           {_amx(cpu['features'])}",
+        f"threads       torch {threads['torch']}; CPUs {threads['cpus']}, allowed {threads['affinity']}, quota {quota}",
+        f"memory        {size(memory['bytes'])}" + (f", read at {size(speed)}/s by torch's threads" if speed else ""),
+        f"CUDA          {'available' if facts['cuda']['available'] else 'not available'};"
+        f" {_listed(facts['cuda']['packages'])}; {facts['cuda']['note']}",
+        f"model         {facts['shipped_model']['path']}"
+        + ("" if facts["shipped_model"]["present"] else " (no weights)"),
+    ]
+    if tested is not None:
+        verdict = "" if tested["inside"] else ": the installed one is outside, expect differences"
+        lines.insert(4, f"tested        transformers {tested['range']}{verdict}")
+    if facts["settings"]:
+        lines.append("settings      " + " ".join(f"{name}={value}" for name, value in facts["settings"].items()))
+    kernels = facts["kernels"]
+    level = f"level {kernels['level']} of {', '.join(kernels['levels'])}"
+    lines.append(f"kernels       {kernels['missing'] or level}")
+    rows = [["op", "runs", "because"]] + [[row["op"], row["chosen"], row["reason"]] for row in facts["ops"]]
+    return [*lines, "", *columns(rows, numbers=False)]
+
+
+def _listed(found: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {'missing' if value in (None, False) else 'found' if value is True else value}"
+        for name, value in found.items()
+    )
+
+
+def _amx(features: dict[str, bool]) -> str:
+    if not features:
+        return "unknown without the kernels"
+    if not any(present and name.startswith("amx") and name != "amx_permission" for name, present in features.items()):
+        return "the CPU has none"
+    return "permitted" if features.get("amx_permission") else "present, but the system does not permit it"
