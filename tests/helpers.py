@@ -3,14 +3,14 @@
 from typing import Any
 
 import numpy as np
-import reference64
 import torch
 from numpy.typing import NDArray
-from reference64 import Reference
 from torch import Tensor
 
+import reference64
 from nemotron_h import NemotronHConfig, NemotronHForCausalLM
 from nemotron_h.modeling import NemotronHExperts
+from reference64 import Reference
 
 BOUND = 2e-4
 """Largest error in float32, relative to max(1, max |expected|)."""
@@ -132,7 +132,9 @@ def draw_rows(model: NemotronHForCausalLM, lengths: list[int], seed: int = 0, mt
 
 def error(actual: Tensor | NDArray[Any], expected: Tensor | NDArray[Any]) -> float:
     """max |actual - expected| / max(1, max |expected|); infinite where shapes differ or a value is not finite."""
-    a, b = (np.asarray(t.detach().double() if isinstance(t, Tensor) else t, dtype=np.float64) for t in (actual, expected))
+    a, b = (
+        np.asarray(t.detach().double() if isinstance(t, Tensor) else t, dtype=np.float64) for t in (actual, expected)
+    )
     if a.shape != b.shape or not np.isfinite(a).all() or not np.isfinite(b).all():
         return float("inf")
     return float(np.abs(a - b).max() / max(1.0, np.abs(b).max())) if a.size else 0.0

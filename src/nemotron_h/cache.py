@@ -12,6 +12,7 @@ Letters: B batch · S slots · K key/value heads · d head size · C conv channe
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from nemotron_h.ops.ssd import ssd
 
 BLOCK = 256  # slots by which the key and value buffers grow
 JOURNAL = 64  # tokens that a recording cache can always take back
+CHUNK = 128  # tokens of a chunk when some are run again
 
 
 class CacheLayer(CacheLayerMixin):
@@ -70,11 +72,13 @@ class CacheLayer(CacheLayerMixin):
         for name in self.names:
             setattr(self, name, None)
 
+    def can_take_back(self, slots: int, length: int) -> bool:
+        """Whether the last `slots` of `length` slots can be forgotten: all or none of them where no history is kept."""
+        return slots == 0 or slots >= length or not self.tensors()
+
     def take_back(self, slots: int, length: int) -> None:
-        """Forget the last `slots` of `length` slots."""
-        if self.tensors():
-            if slots < length:
-                raise CacheError(f"{type(self).__name__} cannot be cropped: it keeps no history")
+        """Forget the last `slots` of `length` slots; called only when `can_take_back`."""
+        if slots >= length:
             self.reset()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -109,10 +113,10 @@ class AttentionLayer(CacheLayer):
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def _write(self, buffer: Tensor | None, new_BKTd: Tensor, end: int) -> Tensor:
-        used = None if buffer is None else buffer[:, :, : self.length]
+        used = None if buffer is None or self.length == 0 else buffer[:, :, : self.length]
         if new_BKTd.requires_grad or (used is not None and used.requires_grad):
             return new_BKTd if used is None else torch.cat([used, new_BKTd], dim=2)  # autograd wants no overwriting
-        if buffer is None or buffer.shape[2] < end:
+        if used is None or buffer is None or buffer.shape[2] < end:
             batch, heads, _, size = new_BKTd.shape
             buffer = new_BKTd.new_zeros(batch, heads, -(-end // BLOCK) * BLOCK, size)
             if used is not None:
@@ -128,6 +132,9 @@ class AttentionLayer(CacheLayer):
         if self.keys is None or self.values is None or self.length == 0:
             return {}
         return {"keys": self.keys[:, :, : self.length], "values": self.values[:, :, : self.length]}
+
+    def can_take_back(self, slots: int, length: int) -> bool:
+        return True
 
     def take_back(self, slots: int, length: int) -> None:
         self.length = max(0, self.length - slots)
@@ -238,7 +245,7 @@ class MambaLayer(CacheLayer):
         dt_BTH = torch.where(real_BT[..., None], step.dt_BTH[:, :kept], 0)
         D_H, C_BTGN = torch.zeros_like(step.A_H), torch.zeros_like(step.B_BTGN[:, :kept])
         replayed = ssd(
-            step.x_BTHP[:, :kept], dt_BTH, step.A_H, step.B_BTGN[:, :kept], C_BTGN, D_H, kept, step.state_BHPN
+            step.x_BTHP[:, :kept], dt_BTH, step.A_H, step.B_BTGN[:, :kept], C_BTGN, D_H, CHUNK, step.state_BHPN
         )
         self.recurrent_states = self.at_rest(replayed.final_state)
 
@@ -258,6 +265,20 @@ LAYERS: dict[str, Any] = {
     "attention": lambda config: AttentionLayer(),
 }
 """Block type to cache layer; block types that are not listed keep no state."""
+
+_SIZES = (
+    "layers_block_type", "num_key_value_heads", "head_dim", "mamba_num_heads", "mamba_head_dim", "mamba_n_groups",
+    "ssm_state_size", "mamba_d_conv",
+)  # fmt: skip
+
+
+def _sizes(config: NemotronHConfig) -> dict[str, Any]:
+    """What decides the shapes in a cache: two models with the same can exchange theirs."""
+    return {name: getattr(config, name) for name in _SIZES}
+
+
+def _difference(cache: dict[str, Any], model: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={cache.get(name)}, not {model[name]}" for name in model if cache.get(name) != model[name])
 
 
 class NemotronHHybridDynamicCache(Cache):
@@ -283,6 +304,7 @@ class NemotronHHybridDynamicCache(Cache):
         self.length = 0
         self.slots_valid_BS: Tensor | None = None
         self._batch: int | None = None
+        self._sizes = _sizes(config)
 
     @classmethod
     def adopt(cls, cache: Any, config: NemotronHConfig) -> NemotronHHybridDynamicCache:
@@ -292,8 +314,8 @@ class NemotronHHybridDynamicCache(Cache):
             CacheError: any other cache.
         """
         if isinstance(cache, cls):
-            if len(cache.layers) != config.num_hidden_layers:
-                raise CacheError(f"the cache has {len(cache.layers)} layers, the model {config.num_hidden_layers}")
+            if cache._sizes != _sizes(config):
+                raise CacheError(f"the cache is of another model: {_difference(cache._sizes, _sizes(config))}")
             return cache
         filled = any(getattr(layer, "is_initialized", False) for layer in getattr(cache, "layers", [None]))
         if type(cache) is not DynamicCache or filled or cache.offloading:
@@ -323,8 +345,9 @@ class NemotronHHybridDynamicCache(Cache):
 
     def commit(self, batch: int, tokens: int, slots_valid_BS: Tensor | None) -> None:
         """End of a pass: its slots and states count from here on."""
-        for layer in self.layers:
-            layer.commit(tokens)  # type: ignore[union-attr]
+        if tokens:  # without any no block ran, and what an interrupted pass handed over must not count
+            for layer in self.layers:
+                layer.commit(tokens)  # type: ignore[union-attr]
         self.length += tokens
         self.slots_valid_BS = slots_valid_BS
         self._batch = batch
@@ -402,9 +425,9 @@ class NemotronHHybridDynamicCache(Cache):
             raise CacheError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
         slots = min(slots, self.length)
         for index, layer in enumerate(self.layers):
-            if isinstance(layer, MambaLayer) and not layer.can_take_back(slots, self.length):
+            if not layer.can_take_back(slots, self.length):  # type: ignore[union-attr]
                 raise CacheError(
-                    f"crop({tokens_to_remove}): the Mamba state of layer {index} cannot return to slot"
+                    f"crop({tokens_to_remove}): the state of layer {index} cannot return to slot"
                     f" {self.length - slots}; call activate_past_recording() before the tokens to be taken back,"
                     " or compute the prefix again"
                 )
@@ -448,6 +471,7 @@ class NemotronHHybridDynamicCache(Cache):
         if self.slots_valid_BS is not None:
             tensors["slots_valid"] = self.slots_valid_BS.contiguous()
         metadata = {"format": "nemotron_h.cache", "length": str(self.length), "batch": str(self.batch_size)}
+        metadata["sizes"] = json.dumps(self._sizes)
         temporary = Path(f"{os.fspath(path)}.tmp-{os.getpid()}")
         try:
             save_file(tensors, temporary, metadata=metadata)
@@ -475,7 +499,13 @@ class NemotronHHybridDynamicCache(Cache):
             raise CacheError(f"{path}: not a safetensors file ({error})") from error
         if metadata.get("format") != "nemotron_h.cache":
             raise CacheError(f"{path}: not a cache file of this package")
-        cache._fill(tensors, int(metadata["length"]), int(metadata["batch"]), os.fspath(path))
+        try:
+            sizes, length, batch = (json.loads(metadata[name]) for name in ("sizes", "length", "batch"))
+        except (KeyError, ValueError) as error:
+            raise CacheError(f"{path}: its metadata is damaged ({error!r})") from error
+        if sizes != cache._sizes:
+            raise CacheError(f"{path}: of another model: {_difference(sizes, cache._sizes)}")
+        cache._fill(tensors, length, batch, os.fspath(path))
         return cache
 
     def _fill(self, tensors: dict[str, Tensor], length: int, batch: int, path: str) -> None:

@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from nemotron_h import family
 from nemotron_h.errors import ConfigError
 from nemotron_h.family.fields import choice, short
+from nemotron_h.strict_json import load_json
 
 logger = logging.getLogger("nemotron_h")
 
@@ -31,6 +33,7 @@ _REDIRECTING = (
 )  # fmt: skip
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAX_LABELS = 2**16
+_MAX_CONFIG_BYTES = 16 << 20
 _warned: set[str] = set()
 
 
@@ -171,7 +174,10 @@ class NemotronHConfig(PreTrainedConfig):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
-        config_dict = super()._dict_from_json_file(json_file)
+        parsed = load_json(
+            Path(json_file), "config", error=ConfigError, max_bytes=_MAX_CONFIG_BYTES, allow_infinity=True
+        )
+        config_dict: Any = cls._decode_special_floats(parsed)
         if not isinstance(config_dict, dict):
             raise ConfigError(f"{json_file}: a config must be a JSON object, got {type(config_dict).__name__}")
         return {key: value for key, value in config_dict.items() if key not in family.CODE_KEYS}
@@ -215,6 +221,7 @@ class NemotronHConfig(PreTrainedConfig):
             saved = {key: value for key, value in saved.items() if key not in family.MOE_FIELDS}
         if not self.num_nextn_predict_layers:
             saved.pop("mtp_layers_block_type", None)
+            saved.pop("mtp_block_configs", None)
         for name, field in family.FIELDS.items():
             if name in saved:
                 saved |= {alias: saved[name] for alias in field.aliases if not alias.startswith("num_")}
@@ -371,6 +378,9 @@ def _document() -> None:
     for name, field in family.FIELDS.items():
         spellings = f" Also spelled {', '.join(f'`{alias}`' for alias in field.aliases)}." if field.aliases else ""
         entries.append(f"    {name} (defaults to `{field.default!r}`): {field.doc}{spellings}")
+    entries.insert(
+        3, "    num_hidden_layers (defaults to `None`): Only checked: it must equal the number of layers above."
+    )
     NemotronHConfig.__doc__ = (
         "Configuration of a Nemotron-H model.\n\nKeyword arguments only, in any published spelling; every field is"
         " readable under the name below. Values are checked at construction and at assignment, rules between fields at"

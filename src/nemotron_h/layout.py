@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nemotron_h.errors import InputError
 from nemotron_h.ops.router import Routing
@@ -60,6 +61,11 @@ class Layout:
         seq_idx_BT = None if self.seq_idx_BT is None else self.seq_idx_BT[:, :tokens]
         return Layout(tokens, 0, valid_BT, valid_BT, seq_idx_BT)
 
+    def compacted(self) -> Layout:
+        """The layout of compacted rows, without a cache; nothing of it is recorded."""
+        valid_BT = self.compact_valid_BT()
+        return Layout(self.tokens, 0, valid_BT, valid_BT, self.compact_seq_idx_BT())
+
     def zero_padding(self, x_BTC: Tensor) -> Tensor:
         return x_BTC if self.valid_BT is None else torch.where(self.valid_BT[..., None], x_BTC, 0)
 
@@ -73,8 +79,12 @@ class Layout:
         return x_BTC if self.valid_BT is None else _take(x_BTC, self._orders()[0])
 
     def expand(self, x_BTC: Tensor) -> Tensor:
-        """Undo `compact`."""
-        return x_BTC if self.valid_BT is None else _take(x_BTC, self._orders()[1])
+        """Undo `compact`. Where x lacks the last n tokens, the result lacks the last n slots."""
+        if self.valid_BT is None:
+            return x_BTC
+        missing = self.tokens - x_BTC.shape[1]
+        padded = F.pad(x_BTC, (0, 0) * (x_BTC.dim() - 2) + (0, missing)) if missing else x_BTC
+        return _take(padded, self._orders()[1])[:, : x_BTC.shape[1]]
 
     def compact_valid_BT(self) -> Tensor | None:
         """`valid_BT` of compacted rows."""
@@ -186,7 +196,7 @@ def documents(
         return None
     if position_ids.dim() != 2 or position_ids.shape[1] != tokens or position_ids.shape[0] not in (1, batch):
         raise InputError(f"position_ids must be [{batch}, {tokens}], got {list(position_ids.shape)}")
-    starts_BT = torch.nn.functional.pad(position_ids.diff(dim=-1) != 1, (1, 0))
+    starts_BT = F.pad(position_ids.diff(dim=-1) != 1, (1, 0))
     if readable(starts_BT) and not bool(starts_BT.any()):
         return None
     return starts_BT.long().cumsum(-1).expand(batch, -1)

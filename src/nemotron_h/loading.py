@@ -20,10 +20,10 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from nemotron_h.checkpoint.directory import Directory, open_directory, write_directory
-from nemotron_h.checkpoint.json import load_json
 from nemotron_h.checkpoint.names import hub_names, plan, with_expert_bias
 from nemotron_h.checkpoint.safetensors import TensorReader, TensorSpec, dtype_name, read_header, spec_of
 from nemotron_h.errors import CheckpointError, InputError, ModelNotFoundError, NemotronHError, UnsupportedError
+from nemotron_h.strict_json import load_json
 
 Read = Callable[[str], Tensor]
 
@@ -143,12 +143,7 @@ class Loading(PreTrainedModel):
             tensors.pop(name, None)
         views = dict(_hub_views(tensors))
         specs = [TensorSpec(name, dtype_name(view.dtype), tuple(view.shape)) for name, view in views.items()]
-        write_directory(
-            Path(save_directory),
-            specs,
-            lambda name: views[name].detach().cpu().contiguous(),
-            max_shard_size=_bytes(max_shard_size),
-        )
+        write_directory(Path(save_directory), specs, views.__getitem__, max_shard_size=_bytes(max_shard_size))
         self._save_json(Path(save_directory))
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
@@ -178,7 +173,7 @@ def _check_files(source: Any, subfolder: str) -> None:
         return
     path = Path(source, subfolder)
     if not path.exists() and (path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1):
-        raise ModelNotFoundError(f"{path}: no such directory, and not a hub id (owner/name)")
+        raise ModelNotFoundError(f"{source}: no such directory, and not a hub id (owner/name)")
     if not path.is_dir():
         return
     open_directory(path)
@@ -190,6 +185,8 @@ def _check_files(source: Any, subfolder: str) -> None:
     generation = path / "generation_config.json"
     if generation.exists():
         values = load_json(generation, "generation config")
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{generation}: must hold an object, holds a {type(values).__name__}")
         try:
             GenerationConfig.from_dict(values)
         except (AttributeError, TypeError, ValueError) as error:

@@ -27,15 +27,17 @@ def check_labels(labels_BT: Tensor, batch: int, tokens: int, vocab_size: int) ->
 
 
 def targets(labels_BT: Tensor, layout: Layout, ahead: int) -> Tensor:
-    """Labels `ahead` tokens on, [B, T - ahead]; ignored where they, or the token they follow, are padding or where
-    they lie in another document."""
-    shifted = labels_BT[:, ahead:]
+    """Label of the real token `ahead` of each, [B, T - ahead]; ignored at padding, at a row's end and where it lies in
+    another document."""
+    shifted = layout.compact(labels_BT)[:, ahead:]
     tokens = shifted.shape[1]
-    if layout.seq_idx_BT is not None:
-        shifted = shifted.masked_fill(layout.seq_idx_BT[:, ahead:] != layout.seq_idx_BT[:, :tokens], IGNORE)
-    if layout.valid_BT is not None:
-        shifted = shifted.masked_fill(~(layout.valid_BT[:, ahead:] & layout.valid_BT[:, :tokens]), IGNORE)
-    return shifted
+    seq_idx_BT, valid_BT = layout.compact_seq_idx_BT(), layout.compact_valid_BT()
+    if seq_idx_BT is not None:
+        shifted = shifted.masked_fill(seq_idx_BT[:, ahead:] != seq_idx_BT[:, :tokens], IGNORE)
+    if valid_BT is None or layout.valid_BT is None:
+        return shifted
+    expanded = layout.expand(shifted.masked_fill(~valid_BT[:, ahead:], IGNORE))
+    return expanded.masked_fill(~layout.valid_BT[:, :tokens], IGNORE)
 
 
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, num_items: Tensor | int | None = None) -> Tensor:

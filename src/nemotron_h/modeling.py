@@ -206,7 +206,8 @@ class NemotronHTopkRouter(nn.Module):
         self.top_k, self.n_group, self.topk_group = sizes.num_experts_per_tok, config.n_group, config.topk_group
         self.norm_topk_prob, self.routed_scaling_factor = config.norm_topk_prob, config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(sizes.n_routed_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(sizes.n_routed_experts, dtype=torch.float32))
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.register_buffer("e_score_correction_bias", torch.zeros(sizes.n_routed_experts, dtype=wide))
         self.load_E: Tensor | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NemotronHTopkRouter:
@@ -469,10 +470,12 @@ class NemotronHMTP(nn.Module):
     def forward(self, hidden_BTD: Tensor, embeds_BTD: Tensor, layout: Layout, depths: int) -> list[Tensor]:
         """Final hidden states [B, T - j, D] of depths j = 1 .. depths, from the trunk's output behind `norm_f`."""
         outputs = []
+        # A token's successors are the next real ones.
+        hidden_BTD, embeds_BTD, compacted = layout.compact(hidden_BTD), layout.compact(embeds_BTD), layout.compacted()
         for depth in range(1, depths + 1):
-            head = min(depth, self.heads) - 1
-            hidden_BTD = self._depth(head, hidden_BTD[:, : embeds_BTD.shape[1] - depth], embeds_BTD[:, depth:], layout)
-            outputs.append(hidden_BTD)
+            head, rest = min(depth, self.heads) - 1, max(0, layout.tokens - depth)
+            hidden_BTD = self._depth(head, hidden_BTD[:, :rest], embeds_BTD[:, depth:], compacted)
+            outputs.append(layout.expand(hidden_BTD))
         return outputs
 
     def _depth(self, head: int, hidden_BTD: Tensor, embeds_BTD: Tensor, layout: Layout) -> Tensor:
@@ -548,7 +551,9 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
             embeds_BTD = self.model.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
             mtp_logits = [self._logits(h_BTD) for h_BTD in self.mtp(hidden_BTD, embeds_BTD, layout, options.mtp_depths)]
 
+        terms = {} if labels is None else self._losses(logits_BTV, mtp_logits, labels, layout, options.num_items)
         output = NemotronHCausalLMOutput(
+            **terms,
             logits=logits_BTV,
             past_key_values=trunk.past_key_values,
             hidden_states=trunk.hidden_states,
@@ -557,35 +562,38 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
             ssm_states=trunk.ssm_states,
             mtp_logits=None if mtp_logits is None else mtp_logits[: options.mtp_shown],
         )
-        if labels is not None:
-            self._add_losses(output, labels, layout, mtp_logits, options.num_items)
         return output if options.return_dict else output.to_tuple()
 
     def _logits(self, hidden_BTD: Tensor) -> Tensor:
         logits_BTV = self.lm_head(hidden_BTD)
         return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
 
-    def _add_losses(
+    def _losses(
         self,
-        output: NemotronHCausalLMOutput,
+        logits_BTV: Tensor,
+        mtp_logits: list[Tensor] | None,
         labels_BT: Tensor,
         layout: Layout,
-        mtp_logits: list[Tensor] | None,
         num_items: Tensor | int | None,
-    ) -> None:
-        batch, config = labels_BT.shape[0], self.config
-        assert output.logits is not None
-        loss = losses.next_token(output.logits, labels_BT, layout, num_items)
+    ) -> dict[str, Tensor]:
+        """`loss` and, each by itself, the terms that it includes where their scale in the config is > 0."""
+        config, recorder = self.config, layout.recorder
+        terms = {"loss": losses.next_token(logits_BTV, labels_BT, layout, num_items)}
         if mtp_logits:
-            output.mtp_loss = losses.mtp(mtp_logits, labels_BT, layout, num_items)
-            loss = loss + config.mtp_loss_coef * output.mtp_loss if config.mtp_loss_coef else loss
-        if layout.recorder is not None and layout.recorder.routings:
-            routings = ordered(layout.recorder.routings) or ()
-            output.aux_loss = losses.balance(routings, layout, batch)
-            output.z_loss = losses.z_loss(routings, layout, batch)
-            loss = loss + config.router_aux_loss_coef * output.aux_loss if config.router_aux_loss_coef else loss
-            loss = loss + config.router_z_loss_coef * output.z_loss if config.router_z_loss_coef else loss
-        output.loss = loss
+            terms["mtp_loss"] = losses.mtp(mtp_logits[: config.mtp_loss_depths], labels_BT, layout, num_items)
+        if recorder is not None and recorder.routings:
+            routings = ordered(recorder.routings) or ()
+            terms["aux_loss"] = losses.balance(routings, layout, labels_BT.shape[0])
+            terms["z_loss"] = losses.z_loss(routings, layout, labels_BT.shape[0])
+        scales = {
+            "mtp_loss": config.mtp_loss_coef,
+            "aux_loss": config.router_aux_loss_coef,
+            "z_loss": config.router_z_loss_coef,
+        }
+        for name, scale in scales.items():
+            if scale and name in terms:
+                terms["loss"] = terms["loss"] + scale * terms[name]
+        return terms
 
     def update_router_bias(self, rate: float = 1e-3) -> None:
         """Move every router's bias towards an even load, after an optimizer step (arXiv 2408.15664)."""

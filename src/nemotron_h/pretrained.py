@@ -54,15 +54,16 @@ class NemotronHPreTrainedModel(Loading):
 
 def _check_memory(config: NemotronHConfig) -> None:
     """Refuse from arithmetic what could not be allocated, before anything is."""
-    if torch.empty(0).is_meta:
+    probe = torch.empty(0)
+    if type(probe) is not torch.Tensor or probe.device.type != "cpu":  # fake, on meta, or somebody else's memory
         return
     dtype = torch.get_default_dtype()
     needed = family.count(config).total * dtype.itemsize if _countable(config) else 0
     free = _available_memory()
     if needed > free:
         raise ConfigError(
-            f"this model needs {_human(needed)} in {str(dtype).removeprefix('torch.')}, {_human(free)} are free; build it"
-            " under torch.device('meta') to look at it, or take a smaller one"
+            f"this model needs {_human(needed)} in {str(dtype).removeprefix('torch.')}, {_human(free)} are free; build"
+            " it under torch.device('meta') to look at it, or take a smaller one"
         )
 
 

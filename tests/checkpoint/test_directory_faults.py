@@ -206,6 +206,18 @@ def test_links_out_of_a_hub_cache(tmp_path: Path) -> None:
         open_directory(snapshot)
 
 
+@pytest.mark.parametrize("target", ["../../refs/main", "../other/s1.safetensors", "../../blobs/../refs/main"])
+def test_only_blobs_of_the_cache_are_inside(tmp_path: Path, target: str) -> None:
+    snapshot = hub_cache(tmp_path)
+    for name in ("refs/main", "snapshots/other/s1.safetensors"):
+        (snapshot.parent.parent / name).parent.mkdir()
+        shard(snapshot.parent.parent / name, a=1, b=2)
+    (snapshot / "s1.safetensors").unlink()
+    (snapshot / "s1.safetensors").symlink_to(target)
+    with pytest.raises(CheckpointError, match=r"shard 's1\.safetensors' is a symbolic link"):
+        open_directory(snapshot)
+
+
 def test_blobs_that_are_a_link_out_of_the_cache(tmp_path: Path) -> None:
     snapshot = hub_cache(tmp_path)
     blobs = snapshot.parent.parent / "blobs"
@@ -216,8 +228,11 @@ def test_blobs_that_are_a_link_out_of_the_cache(tmp_path: Path) -> None:
 
 def test_blobs_without_a_hub_cache_around_are_outside(tmp_path: Path) -> None:
     snapshot = hub_cache(tmp_path)
-    (tmp_path / "hub" / "models--nvidia--tiny").rename(tmp_path / "hub" / "copy")
-    refused(tmp_path / "hub" / "copy" / "snapshots" / snapshot.name, "is a symbolic link")
+    repository = snapshot.parent.parent.rename(tmp_path / "hub" / "copy")
+    refused(repository / "snapshots" / snapshot.name, "is a symbolic link")
+    repository = repository.rename(tmp_path / "hub" / "models--nvidia--tiny")
+    (repository / "snapshots").rename(repository / "trees")
+    refused(repository / "trees" / snapshot.name, "is a symbolic link")
 
 
 def test_link_loops_and_special_files(tmp_path: Path) -> None:
@@ -252,7 +267,17 @@ def test_link_loops_and_special_files(tmp_path: Path) -> None:
             "sub/x.safetensors",
         ),
         *("/etc/passwd", "/s1.safetensors", "..\\evil.safetensors", "C:\\x.safetensors", "~/x.safetensors"),
-        *("", ".", "..", "s1.bin", "pytorch_model.bin", "s1.safetensors/", "s1.safetensors\0", "s1\n.safetensors"),
+        *(
+            "",
+            ".",
+            "..",
+            "s1.bin",
+            "pytorch_model.bin",
+            "s1.safetensors/",
+            "s1.safetensors\0",
+            "s1\n.safetensors",
+            "s1\0.safetensors",
+        ),
         *("https://x/y.safetensors", "x" * 300 + ".safetensors"),
     ],
 )
@@ -262,7 +287,7 @@ def test_shard_names_that_lead_elsewhere(tmp_path: Path, name: str) -> None:
     (tmp_path / "m" / "sub").mkdir()
     shard(tmp_path / "m" / "sub" / "x.safetensors", a=1)
     index(tmp_path / "m", weight_map | {"a": name})
-    refused(tmp_path / "m", "shard ")
+    refused(tmp_path / "m", "shard ", "cannot be read" if len(name) > 255 else "must be a plain file name")
 
 
 INDEXES = {

@@ -225,6 +225,8 @@ def test_failure_at_every_call_leaves_the_old_or_the_new(
         assert value_of(path) in {1 if old else None, 2}
         if function != "unlink":
             assert not [name for name in names(path) if ".tmp-" in name]
+        if function == "link":
+            assert names(path) - shard_names(new) <= OTHER_FILES | shard_names(old or 1)
         if not happened():
             break
         if old:
@@ -232,6 +234,40 @@ def test_failure_at_every_call_leaves_the_old_or_the_new(
             assert names(path) == OTHER_FILES | shard_names(old)
     assert value_of(path) == 2
     assert names(path) == OTHER_FILES | shard_names(new)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (1, 1, "fsync rename fsync"),
+        (2, 1, "fsync rename fsync unlink unlink unlink"),
+        (1, 2, "fsync fsync fsync rename rename fsync rename fsync unlink fsync"),
+        (4, 2, "fsync fsync fsync rename rename fsync rename fsync unlink unlink unlink unlink"),
+        (2, 2, "fsync fsync fsync link link fsync fsync rename fsync rename rename fsync rename fsync unlink unlink"),
+    ],
+)
+def test_syncs_come_before_what_relies_on_them(
+    tmp_path: Path, old: int, new: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, tensors(1), old)
+    calls: list[str] = []
+
+    def recorded(function: str) -> Callable[..., object]:
+        original = getattr(os, function)
+
+        def call(first: object, *others: object, **options: object) -> object:
+            # Not temporaries that have been renamed, and not what the garbage collector removes of earlier tests.
+            if function == "fsync" or (isinstance(first, Path) and first.exists()):
+                calls.append(function)
+            return original(first, *others, **options)
+
+        return call
+
+    for function in ("fsync", "rename", "link", "unlink"):
+        monkeypatch.setattr(os, function, recorded(function))
+    save(tmp_path, tensors(2), new)
+    # The files; then second names and the old index on them; then the shards; then the new index; then the removal.
+    assert " ".join(calls) == expected
 
 
 def test_interrupted_producer_leaves_the_old(transition: tuple[Path, int, int]) -> None:

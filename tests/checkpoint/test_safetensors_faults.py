@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemotron_h.checkpoint.safetensors import TensorReader, read_header, read_tensor
+from nemotron_h.checkpoint.safetensors import TensorInfo, TensorReader, read_header, read_tensor
 from nemotron_h.errors import CheckpointError
 
 BITS = {
@@ -211,6 +211,7 @@ HOSTILE = {
     "offsets three": (pack({"a": entry() | {"data_offsets": [0, 4, 4]}}, bytes(4)), "two integers"),
     "offsets float": (pack({"a": entry(begin=0.0)}, bytes(4)), "two integers"),
     "offsets false": (pack({"a": entry(begin=False)}, bytes(4)), "two integers"),
+    "offsets true": (pack({"a": entry("U8", [1], 0, True)}, bytes(1)), "two integers"),
     "offsets string": (pack({"a": entry(end="4")}, bytes(4)), "two integers"),
     "offsets negative": (pack({"a": entry(begin=-4, end=0)}, bytes(4)), "0 <= begin <= end"),
     "offsets reversed": (pack({"a": entry(begin=4, end=0)}, bytes(4)), "0 <= begin <= end"),
@@ -401,6 +402,9 @@ def test_file_shrinks_after_its_header_was_read(tmp_path: Path) -> None:
         for read in (reader.read, read_tensor):
             with pytest.raises(CheckpointError, match=r"x\.safetensors: tensor 'backbone\.embeddings.*changed after"):
                 read(embeddings)
+    huge = TensorInfo("huge", "U8", (2**60,), path, 0, 2**60)
+    with pytest.raises(CheckpointError, match="changed after"):  # and not an attempt to allocate that much
+        read_tensor(huge)
     path.unlink()
     with pytest.raises(CheckpointError, match="No such file"):
         read_tensor(embeddings)

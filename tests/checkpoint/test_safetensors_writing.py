@@ -11,7 +11,7 @@ import pytest
 import safetensors
 import torch
 
-from nemotron_h.checkpoint import _files
+from nemotron_h import files
 from nemotron_h.checkpoint.safetensors import (
     TensorSpec,
     aligned,
@@ -72,7 +72,7 @@ def test_views_are_written_as_they_look(tmp_path: Path) -> None:
         "expanded": torch.ones(1, 3).expand(2, 3),
         "parameter": torch.nn.Parameter(base[1]),
         "conjugate": complex_.conj(),
-        "negative": complex_.conj().imag,
+        "negative": torch._neg_view(base[2]),
     }
     save(tmp_path / "x.safetensors", tensors)
     loaded = load(tmp_path / "x.safetensors")
@@ -85,6 +85,12 @@ def test_order_is_kept_unless_it_misaligns() -> None:
     assert aligned([half, scale, byte]) == [half, scale, byte]
     assert aligned([byte, half, nibbles, scale]) == [scale, half, byte, nibbles]
     assert aligned([]) == []
+
+
+@pytest.mark.parametrize("length", range(1, 9))
+def test_data_start_at_a_multiple_of_eight(tmp_path: Path, length: int) -> None:
+    save(tmp_path / "x", {"n" * length: torch.ones(1)})
+    assert read_header(tmp_path / "x").tensors["n" * length].start % 8 == 0
 
 
 def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
@@ -173,7 +179,7 @@ def fail_at(patch: pytest.MonkeyPatch, function: str, call: int) -> Callable[[],
 def test_failing_writes_leave_the_old_file(
     function: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_files, "_CHUNK_BYTES", 64)
+    monkeypatch.setattr(files, "_CHUNK_BYTES", 64)
     path = tmp_path / "x.safetensors"
     old, new = {"t": torch.zeros(100)}, {"t": torch.ones(100), "u": torch.ones(3)}
     for call in range(1, 100):

@@ -1,18 +1,28 @@
 """Every output of the model against the float64 reference, over configurations that use every field."""
 
 import pytest
-import reference64
 import torch
 from configurations import models
-from helpers import BIASED, BOUND, BOUND64, assert_close, draw_inputs, draw_weights, hub_tensors, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference64 import Reference
 from torch import Tensor
 
+import reference64
+from helpers import (
+    BIASED,
+    BOUND,
+    BOUND64,
+    assert_close,
+    draw_inputs,
+    draw_weights,
+    hub_tensors,
+    tiny_config,
+    tiny_model,
+)
 from nemotron_h import NemotronHForCausalLM
 from nemotron_h.family import tensors
 from nemotron_h.modeling import NemotronHCausalLMOutput
+from reference64 import Reference
 
 Depths = int
 
@@ -94,7 +104,12 @@ def test_ties_between_equal_experts(groups: int) -> None:
     model = tiny_model(hybrid_override_pattern="E", n_group=groups, topk_group=1, num_experts_per_tok=3, **BIASED)
     mixer = model.model.layers[0].mixer
     with torch.no_grad():
-        for tensor in (mixer.gate.weight, mixer.gate.e_score_correction_bias, mixer.experts.up_proj, mixer.experts.down_proj):
+        for tensor in (
+            mixer.gate.weight,
+            mixer.gate.e_score_correction_bias,
+            mixer.experts.up_proj,
+            mixer.experts.down_proj,
+        ):
             tensor[4:] = tensor[:4]
     ids_T = torch.arange(50)
     reference = reference64.run(model.config, hub_tensors(model), ids_T.numpy())
@@ -112,13 +127,22 @@ def test_bfloat16_runs_in_its_own_types(model: NemotronHForCausalLM, tokens: int
     kinds = model.config.layers_block_type
     assert {h.dtype for h in out.hidden_states[:-1]} == {stream}
     assert out.hidden_states[-1].dtype == torch.bfloat16
-    assert {t.dtype for t in (out.logits, *out.router_logits, *out.ssm_states, *(out.mtp_logits or []))} == {torch.float32}
+    assert {t.dtype for t in (out.logits, *out.router_logits, *out.ssm_states, *(out.mtp_logits or []))} == {
+        torch.float32
+    }
     assert {a.dtype for a in out.attentions} <= {torch.bfloat16}
     for i, kind in enumerate(kinds):
         if kind == "mamba":
             assert out.past_key_values.conv_states[i].dtype == torch.bfloat16
             assert out.past_key_values.ssm_states[i].dtype == torch.float32
-    shown = (out.logits, *out.hidden_states, *out.router_logits, *out.ssm_states, *out.attentions, *(out.mtp_logits or []))
+    shown = (
+        out.logits,
+        *out.hidden_states,
+        *out.router_logits,
+        *out.ssm_states,
+        *out.attentions,
+        *(out.mtp_logits or []),
+    )
     assert all(t.isfinite().all() for t in shown)
 
 

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_h.checkpoint._files import publish, sync_directory, write_temporary
-from nemotron_h.checkpoint.json import load_json, shown
 from nemotron_h.checkpoint.safetensors import (
     TensorInfo,
     TensorSpec,
@@ -25,6 +23,8 @@ from nemotron_h.checkpoint.safetensors import (
     write_temporary_file,
 )
 from nemotron_h.errors import CheckpointError, InputError
+from nemotron_h.files import publish, sync_directory, write_temporary
+from nemotron_h.strict_json import load_json, shown
 
 if TYPE_CHECKING:
     import torch
@@ -171,7 +171,7 @@ def _read_index(path: Path) -> tuple[dict[str, str], int | float | None]:
         raise CheckpointError(f"{where}: metadata must be an object, is {shown(metadata)}")
     total_size = metadata.get("total_size")
     # Some savers write a float with an integral value, which compares equal.
-    if total_size is not None and (isinstance(total_size, bool) or not isinstance(total_size, int | float)):
+    if total_size is not None and not isinstance(total_size, int | float):
         raise CheckpointError(f"{where}: total_size must be a number of bytes, is {shown(total_size)}")
     return weight_map, total_size
 
@@ -341,11 +341,15 @@ def _set_old_shards_aside(directory: Path, taken: Set[str]) -> None:
 
 
 def _remove_stale(directory: Path, names: Sequence[str]) -> None:
-    """Remove the files of older saves; a single file goes first, because its absence is what lets shards count."""
+    """Remove the files of older saves, once what replaces them is durable.
+
+    A single file goes first: its absence is what lets the shards count.
+    """
     keep = {*names, INDEX} if len(names) > 1 else set(names)
     stale = {name for name in os.listdir(directory) if _OURS.fullmatch(name)} - keep
+    sync_directory(directory)
     if SINGLE in stale:
         (directory / SINGLE).unlink()
-    sync_directory(directory)
+        sync_directory(directory)
     for name in stale - {SINGLE}:
         (directory / name).unlink()

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_h.checkpoint._files import open_regular, publish, read_bytes, read_into, sync_directory, write_temporary
-from nemotron_h.checkpoint.json import load_json, shown
 from nemotron_h.errors import CheckpointError
+from nemotron_h.files import open_regular, publish, read_bytes, read_into, sync_directory, write_temporary
+from nemotron_h.strict_json import load_json, shown
 
 if TYPE_CHECKING:
     import torch
@@ -371,8 +371,7 @@ def _pieces(
             raise CheckpointError(f"{path}: expected {expected or 'no further tensor'}, came {came}")
         if tensor.is_meta:
             raise CheckpointError(f"{path}: tensor {shown(name)}: is on the meta device and has no data to save")
-        if tensor.numel():
-            yield _bytes_of(tensor)
+        yield _bytes_of(tensor)
         del tensor  # or it would live on while the iterator makes the next one
     missing = next(remaining, None)
     if missing is not None:
@@ -401,5 +400,5 @@ def _header_bytes(path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     import torch
 
-    data = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    data = tensor.cpu().resolve_conj().resolve_neg().contiguous()
     return data.reshape(-1).view(torch.uint8).numpy().data

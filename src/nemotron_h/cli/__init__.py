@@ -15,6 +15,7 @@ from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 from nemotron_h import __version__
+from nemotron_h.cli import _interrupts
 from nemotron_h.cli._output import print_json
 from nemotron_h.errors import (
     CheckpointError,
@@ -45,28 +46,33 @@ _UNUSABLE = (ConfigError, CheckpointError, InputError, UnsupportedError, Missing
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. `argv`: the arguments without the program's name."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        import typer
-
-        click_error: type[Exception] = typer.BadParameter.__mro__[2]  # of click, or of the copy inside newer typers
+    with _interrupts.watched():
         try:
             return _run(arguments)
-        except (click_error, typer.Abort, NemotronHError, MemoryError, OSError, RuntimeError) as error:
+        except (KeyboardInterrupt, Exception) as error:
             status, message = _explain(error)
             if status is None:
                 raise
-            return _fail(arguments, status, type(error).__name__, message)
-    except KeyboardInterrupt:
-        return _fail(arguments, INTERRUPTED, "KeyboardInterrupt", "interrupted")
+            _report(arguments, status, type(error).__name__, message)
+    if status == INTERRUPTED and argv is None:
+        os._exit(status)  # Python itself would end as killed by SIGINT where the interrupt met an exec(), in an import
+    return status
 
 
 def _run(arguments: list[str]) -> int:
     from typer.main import get_command
 
-    for stream in (sys.stdout, sys.stderr):
+    streams = sys.stdout, sys.stderr
+    for stream in streams:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a text that the terminal cannot show is no failure
-    status = get_command(app()).main(arguments or ["--help"], prog_name="nemotron-h", standalone_mode=False)
+    try:
+        status = get_command(app()).main(arguments or ["--help"], prog_name="nemotron-h", standalone_mode=False)
+    except SystemExit as end:
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        sys.stdout, sys.stderr = streams  # typer wraps them when it turns this error into an exit
+        raise end.__context__ from None
     if status == INTERRUPTED:  # typer's word for KeyboardInterrupt
         raise KeyboardInterrupt
     if sys.stdout is not None:
@@ -105,16 +111,18 @@ def app() -> typer.Typer:
     return application
 
 
-def _explain(error: Exception) -> tuple[int | None, str]:
+def _explain(error: BaseException) -> tuple[int | None, str]:
     """Exit status and message of an error; the status is None for what only a mistake of ours can raise."""
+    if isinstance(error, KeyboardInterrupt) or _interrupts.came():
+        return INTERRUPTED, "interrupted"
+    if isinstance(error, BrokenPipeError):
+        return DONE, ""  # nobody reads our output any more, as in `| head`
     if isinstance(error, NemotronHError):
         return (UNUSABLE if isinstance(error, _UNUSABLE) else FAILED), str(error)
-    if (format_message := getattr(error, "format_message", None)) is not None:
+    if (format_message := getattr(error, "format_message", None)) is not None:  # typer's usage errors
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "nemotron-h"
         return UNUSABLE, f"{format_message()} See {command} --help."
-    if isinstance(error, BrokenPipeError) and not _stdout_works():
-        return DONE, ""  # nobody reads any more: `| head`
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         return FAILED, f"{error.strerror or error}{where}"
@@ -123,23 +131,22 @@ def _explain(error: Exception) -> tuple[int | None, str]:
     return None, ""
 
 
-def _fail(arguments: list[str], status: int, kind: str, message: str) -> int:
+def _report(arguments: list[str], status: int, kind: str, message: str) -> None:
+    """One line on stderr and, with --json, one on stdout; nothing for an empty message."""
     line = " ".join(message.split())
     if line and sys.stderr is not None:
         print(f"error: {line}", file=sys.stderr)
-    if line and "--json" in arguments and _stdout_works():
-        print_json({"error": {"type": kind, "message": line, "status": status}})
-    _stdout_works()
-    return status
-
-
-def _stdout_works() -> bool:
-    """Flush stdout; one that fails is replaced by the null device, or the interpreter would complain at its exit."""
-    if sys.stdout is None:
-        return False
     try:
-        sys.stdout.flush()
+        if line and "--json" in arguments:
+            print_json({"error": {"type": kind, "message": line, "status": status}})
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
-    return True
+        _close_stdout()
+    if not line:
+        _close_stdout()
+
+
+def _close_stdout() -> None:
+    """The null device in the place of a stdout that fails, or the interpreter would complain of it at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_h import demo, family
-from nemotron_h.checkpoint.json import load_json
 from nemotron_h.errors import ConfigError, InputError, ModelNotFoundError, UnsupportedError
+from nemotron_h.strict_json import load_json
 
 MODEL_TYPES = ("nemotron_h", "nemotron_h_puzzle")
 

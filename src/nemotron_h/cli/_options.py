@@ -46,7 +46,6 @@ def refuse_later(**options: str | None) -> None:
 
 def load(path: str, dtype: str, device: str, threads: int | None) -> LLM:
     """A model ready to write. Raises as `LLM`; `InputError` for a device that does not exist here."""
-    check_dtype(dtype)
     import torch
 
     from nemotron_h.generation import LLM

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nemotron_h.cli import _options
+from nemotron_h.cli import _interrupts, _options
 from nemotron_h.cli._models import weights
-from nemotron_h.cli._options import check_text, load, refuse_later
+from nemotron_h.cli._options import check_dtype, check_text, load, refuse_later
 from nemotron_h.cli._output import note, print_json, styled
 from nemotron_h.errors import InputError, NemotronHError
 
@@ -54,14 +54,15 @@ def command(
     turn. With --json answers go to stderr and the whole conversation is printed at the end. /help lists the commands.
     """
     refuse_later(adapter=adapter, quantization=quantization)
+    check_dtype(dtype)
     path = weights(model)
     note(f"loading {path}")
-    llm = load(path, dtype, device, threads)
     from nemotron_h.generation import SamplingParams
 
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
     )
+    llm = load(path, dtype, device, threads)
     chat = Chat(llm, params, thinking, sys.stderr if as_json else sys.stdout)
     chat.set_system(system or "")
     interactive = sys.stdin is not None and sys.stdin.isatty()
@@ -88,7 +89,8 @@ def _turn(chat: Chat, line: str, interactive: bool) -> bool:
     except KeyboardInterrupt:
         if not interactive:
             raise
-        note("\ninterrupted")
+        _interrupts.forget()
+        note("interrupted")
     return True
 
 
@@ -169,7 +171,8 @@ class Chat:
                 if event.error:
                     raise NemotronHError(event.error)
         finally:
-            self._show(False, "\n")
+            self._show(False, "")
+            self.write("" if self.at_line_start else "\n")
 
     def _show(self, inside: bool, text: str) -> None:
         if inside != self._inside:
@@ -229,6 +232,7 @@ def _lines(interactive: bool) -> Iterator[str]:
         try:
             line = ask()
         except KeyboardInterrupt:
+            _interrupts.forget()
             note("\nCtrl-D or /quit leaves")
             continue
         except EOFError:

@@ -11,7 +11,7 @@ import typer
 
 from nemotron_h.cli import _options
 from nemotron_h.cli._models import weights
-from nemotron_h.cli._options import check_text, load, refuse_later
+from nemotron_h.cli._options import check_dtype, check_text, load, refuse_later
 from nemotron_h.cli._output import note, print_json
 from nemotron_h.errors import InputError
 
@@ -45,17 +45,18 @@ def command(
     read from stdin. Without a tokenizer token ids are printed.
     """
     refuse_later(adapter=adapter, quantization=quantization)
+    check_dtype(dtype)
     model, prompt = _prompt(arguments or [], ids)
     path = weights(model)
     note(f"loading {path}")
     start = time.perf_counter()
-    llm = load(path, dtype, device, threads)
     from nemotron_h.generation import SamplingParams
 
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed,
         stop=stop or None, ignore_eos=ignore_eos,
     )  # fmt: skip
+    llm = load(path, dtype, device, threads)
     loaded = time.perf_counter() - start
     events: list[Event] = []
     for event in llm.stream(prompt, params):

@@ -67,11 +67,11 @@ def truncate(logits_V: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor
         keep_V &= torch.zeros_like(keep_V).scatter(0, chosen, True)
     if top_p < 1:
         probability, order = logits_V.masked_fill(~keep_V, -torch.inf).softmax(-1).sort(descending=True, stable=True)
-        before = probability.cumsum(-1) - probability
-        keep_V &= torch.zeros_like(keep_V).scatter(0, order, before < top_p)
+        wanted = probability.cumsum(-1) - probability < top_p  # the better tokens alone do not reach it
+        wanted[0] = True  # however small top_p is
+        keep_V &= torch.zeros_like(keep_V).scatter(0, order, wanted)
     if min_p > 0:
         keep_V &= logits_V.softmax(-1) >= min_p * logits_V.softmax(-1).max()
-    keep_V[logits_V.argmax()] = True
     return logits_V.masked_fill(~keep_V, -torch.inf)
 
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemotron_h.checkpoint import json as strict
-from nemotron_h.checkpoint.json import load_json, shown
+from nemotron_h import strict_json as strict
 from nemotron_h.errors import CheckpointError, ConfigError
+from nemotron_h.strict_json import load_json, shown
 
 EXAMPLES = settings(max_examples=300)
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from nemotron_h.checkpoint._files import open_regular, read_bytes
 from nemotron_h.errors import CheckpointError, NemotronHError
+from nemotron_h.files import open_regular, read_bytes
 
 MAX_BYTES = 100_000_000
 MAX_DEPTH = 64
