@@ -56,5 +56,4 @@ def test_it_writes(llm: LLM) -> None:
 
 def test_it_answers_in_chat(llm: LLM) -> None:
     result = llm.chat([{"role": "user", "content": "What is a horse?"}], SamplingParams(max_tokens=60, temperature=0))
-    assert result.finish_reason == "stop"
-    assert len(result.text) > 10
+    assert result.text.startswith("A horse is ")

@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
@@ -317,7 +318,9 @@ class NemotronHHybridDynamicCache(Cache):
             if cache._sizes != _sizes(config):
                 raise CacheError(f"the cache is of another model: {_difference(cache._sizes, _sizes(config))}")
             return cache
-        filled = any(getattr(layer, "is_initialized", False) for layer in getattr(cache, "layers", [None]))
+        filled = any(
+            isinstance(leaf, Tensor) for layer in getattr(cache, "layers", []) for leaf in tree_leaves(vars(layer))
+        )
         if type(cache) is not DynamicCache or filled or cache.offloading:
             raise CacheError(
                 f"past_key_values must be a NemotronHHybridDynamicCache(config) or an empty DynamicCache; got"
@@ -503,19 +506,25 @@ class NemotronHHybridDynamicCache(Cache):
             sizes, length, batch = (json.loads(metadata[name]) for name in ("sizes", "length", "batch"))
         except (KeyError, ValueError) as error:
             raise CacheError(f"{path}: its metadata is damaged ({error!r})") from error
-        if sizes != cache._sizes:
-            raise CacheError(f"{path}: of another model: {_difference(sizes, cache._sizes)}")
+        if not isinstance(sizes, dict) or sizes != cache._sizes:
+            what = _difference(sizes, cache._sizes) if isinstance(sizes, dict) else "it has no sizes"
+            raise CacheError(f"{path}: of another model: {what}")
         cache._fill(tensors, length, batch, os.fspath(path))
         return cache
 
     def _fill(self, tensors: dict[str, Tensor], length: int, batch: int, path: str) -> None:
+        rows = {name: tensor.shape[0] for name, tensor in tensors.items() if tensor.shape[:1] != (batch,)}
+        if rows:
+            raise CacheError(f"{path}: damaged; {batch} rows were saved, but there are {rows}")
         self.slots_valid_BS = tensors.pop("slots_valid", None)
         for index, layer in enumerate(self.layers):
             for name in layer.names:  # type: ignore[union-attr]
                 if (tensor := tensors.pop(f"{index}.{name}", None)) is not None:
                     setattr(layer, name, tensor)
             if isinstance(layer, AttentionLayer) and layer.keys is not None:
-                layer.length = length
+                layer.length = layer.keys.shape[2]
+                if layer.length != length:
+                    raise CacheError(f"{path}: damaged; {length} slots were saved, layer {index} has {layer.length}")
         if tensors:
             raise CacheError(f"{path}: of another model; {', '.join(sorted(tensors)[:5])} have no place in this one")
         self.length, self._batch = length, None if batch < 0 else batch

@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from nemotron_h import family
-from nemotron_h.errors import ConfigError
+from nemotron_h.errors import ConfigError, ModelNotFoundError
 from nemotron_h.family.fields import choice, short
 from nemotron_h.strict_json import load_json
 
@@ -171,6 +171,14 @@ class NemotronHConfig(PreTrainedConfig):
             model_type = config_dict.get("model_type")
         _check_model_type(model_type, config_dict)
         return config_dict | {"model_type": cls.model_type}, rest
+
+    @classmethod
+    def _get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As in transformers, except that a missing file is not an empty one, which would mean every default."""
+        config_dict, rest = super()._get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict is None:
+            raise ModelNotFoundError(f"{pretrained_model_name_or_path}: has no config.json")
+        return config_dict, rest
 
     @classmethod
     def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:

@@ -174,6 +174,8 @@ def _check_files(source: Any, subfolder: str) -> None:
     path = Path(source, subfolder)
     if not path.exists() and (path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1):
         raise ModelNotFoundError(f"{source}: no such directory, and not a hub id (owner/name)")
+    if path.is_file():
+        raise ModelNotFoundError(f"{source}: is a file; give the directory that holds config.json and the weights")
     if not path.is_dir():
         return
     open_directory(path)

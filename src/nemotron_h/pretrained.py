@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from nemotron_h import family
 from nemotron_h.configuration import NemotronHConfig
@@ -37,6 +40,16 @@ class NemotronHPreTrainedModel(Loading):
         config.validate()
         _check_memory(config)
         super().__init__(config, *inputs, **kwargs)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
+        """transformers' hook. Never reentrant, also when asked for: that form would silently cut the gradients of what
+        blocks record beside their output, such as the router losses; everything else is the same in both."""
+        func = gradient_checkpointing_func
+        if isinstance(func, partial) and func.keywords.get("use_reentrant"):
+            func = partial(func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, func, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, draw_ids, error, tiny_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from helpers import assert_close, draw_ids, error, tiny_model
 from nemotron_h import NemotronHForCausalLM
 
 TINY: dict[str, Any] = {"hybrid_override_pattern": "ME*-", "num_nextn_predict_layers": 1, "use_bias": True}

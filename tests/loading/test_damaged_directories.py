@@ -169,17 +169,21 @@ def test_corrupt_weights(saved: Path) -> None:
     assert "trailing bytes" in refusal(saved)
 
 
-def test_corrupt_weights_of_a_config_without_dtype(saved: Path) -> None:
-    """transformers opens the weights itself when it has to find out their dtype."""
-    config = read_config(saved)
-    del config["dtype"]
-    (saved / "config.json").write_text(json.dumps(config))
-    file = saved / "other.safetensors"
-    (saved / SINGLE).rename(file)
-    loaded = NemotronHForCausalLM.from_pretrained(file, config=saved)
-    file.write_bytes(file.read_bytes()[:-8])
-    assert "other.safetensors" in refusal(file, config=saved)
-    assert "other.safetensors" in refusal(file, config=loaded.config)
+def test_corrupt_weights_that_transformers_opens(saved: Path) -> None:
+    """It does so itself where it is told a file's name, and has to find out the dtype."""
+    config = NemotronHForCausalLM.from_pretrained(saved).config
+    config.dtype, config.transformers_weights = None, "other.safetensors"
+    data = (saved / SINGLE).read_bytes()
+    (saved / "other.safetensors").write_bytes(data)
+    NemotronHForCausalLM.from_pretrained(saved, config=config)
+    (saved / "other.safetensors").write_bytes(data[:-8])
+    assert "not a readable safetensors file" in refusal(saved, config=config)
+
+
+def test_a_file_is_no_directory(saved: Path) -> None:
+    for name in (SINGLE, "config.json"):
+        assert "is a file; give the directory" in refusal(saved / name)
+        assert "is a file; give the directory" in refusal(saved / name, config=saved)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +205,7 @@ def test_damaged_generation_config(saved: Path, text: str, message: str) -> None
 
 def test_missing_config(saved: Path) -> None:
     (saved / "config.json").unlink()
-    assert "config.json" in refusal(saved)
+    assert refusal(saved, ModelNotFoundError) == f"{saved}: has no config.json"
 
 
 def test_overrides_are_validated(saved: Path) -> None:

@@ -148,20 +148,18 @@ class Chat:
 
     def answer(self, text: str) -> None:
         """Stream the model's answer. What it said before Ctrl-C stays in the conversation; a failed turn does not."""
-        before = list(self.messages)
-        self.messages = [*before, {"role": "user", "content": text}]
+        messages = [*self.messages, {"role": "user", "content": text}]
         said: list[str] = []
         try:
-            self._stream(said)
-        except NemotronHError:
-            said.clear()
+            self._stream(messages, said)
+        except KeyboardInterrupt:
+            if said:
+                self.messages = [*messages, _answer(said)]
             raise
-        finally:
-            answer = {"role": "assistant", "content": "".join(said).strip()}
-            self.messages = [*self.messages, answer] if said else before
+        self.messages = [*messages, _answer(said)]
 
-    def _stream(self, said: list[str]) -> None:
-        ids = self.llm.encode_chat(self.messages, None, self.template)
+    def _stream(self, messages: list[dict[str, str]], said: list[str]) -> None:
+        ids = self.llm.encode_chat(messages, None, self.template)
         split = Reasoning(self.llm.tokenizer, ids)
         try:
             for event in self.llm.stream(ids, self.params):
@@ -208,6 +206,10 @@ class Reasoning:
         piece, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         if piece:
             yield self.inside, piece
+
+
+def _answer(said: list[str]) -> dict[str, str]:
+    return {"role": "assistant", "content": "".join(said).strip()}
 
 
 def _value(text: str) -> Any:

@@ -22,6 +22,8 @@ from nemotron_h.cli._output import columns, note, print_json, size
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy")
 OPTIONAL = ("prompt-toolkit", "peft", "accelerate", "mamba-ssm", "causal-conv1d")
 
+CGROUP = Path("/sys/fs/cgroup")
+
 _MEASURED_BYTES = 256 << 20
 
 
@@ -114,7 +116,7 @@ def _quota() -> float | None:
     """CPUs that the container may use, from cgroup v2 or v1; None without a limit."""
     for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
         try:
-            words = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in names).split()
+            words = " ".join((CGROUP / name).read_text() for name in names).split()
             quota, period = float(words[0]), float(words[1])
         except (OSError, ValueError, IndexError):  # another version, or "max"
             continue
