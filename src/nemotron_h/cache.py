@@ -42,7 +42,6 @@ class CacheLayer(CacheLayerMixin):
     """
 
     names: tuple[str, ...] = ()
-    is_croppable = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,6 +49,11 @@ class CacheLayer(CacheLayerMixin):
         self.pending: tuple[Tensor, ...] | None = None
         for name in self.names:
             setattr(self, name, None)
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether the last few slots can be forgotten, as assisted decoding asks: not where a state has no history."""
+        return not self.names
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.names if getattr(self, name) is not None}
@@ -103,6 +107,10 @@ class AttentionLayer(CacheLayer):
     def __init__(self) -> None:
         super().__init__()
         self.length = 0
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
 
     def append(self, k_BKTd: Tensor, v_BKTd: Tensor) -> tuple[Tensor, Tensor]:
         """Write this pass's keys and values behind the committed ones and return all of them."""
@@ -185,7 +193,7 @@ class MambaLayer(CacheLayer):
         self._pending_step: Step | None = None
 
     @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
+    def is_croppable(self) -> bool:
         return self.record_past or self.recurrent_states is None
 
     def activate_past_recording(self) -> None:

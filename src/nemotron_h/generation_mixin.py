@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from nemotron_h.cache import NemotronHHybridDynamicCache
-from nemotron_h.errors import UnsupportedError
+from nemotron_h.errors import InputError, UnsupportedError
 
 logger = logging.getLogger("nemotron_h")
 _base: Any = GenerationMixin  # its methods are typed for a protocol that only whole models fulfil
@@ -69,9 +69,7 @@ class NemotronHGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """As transformers', except for the prompt's logits: `config.num_logits_to_keep` of them, and with right
         padding those of each row's last real token."""
-        if is_first_iteration and isinstance(kwargs.get("logits_to_keep"), int) and kwargs["logits_to_keep"] == 1:
-            kwargs["logits_to_keep"] = self._prompt_logits(attention_mask)
-        return _base.prepare_inputs_for_generation(
+        inputs = _base.prepare_inputs_for_generation(
             self,
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -81,11 +79,21 @@ class NemotronHGenerationMixin(GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        batch, tokens = (inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]).shape[:2]
+        if not batch or not tokens:
+            raise InputError(
+                f"generate: the prompt is empty ([{batch}, {tokens}]); give at least one token, or no prompt at all to"
+                " start from bos_token_id"
+            )
+        keep = inputs.get("logits_to_keep")
+        if is_first_iteration and isinstance(keep, int) and keep == 1:
+            inputs["logits_to_keep"] = self._prompt_logits(attention_mask, tokens)
+        return inputs
 
-    def _prompt_logits(self: Any, attention_mask: Tensor | None) -> int | Tensor:
+    def _prompt_logits(self: Any, attention_mask: Tensor | None, tokens: int) -> int | Tensor:
         if attention_mask is not None and _right_padded(attention_mask):
-            position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-            return (position * attention_mask.bool()).argmax(-1, keepdim=True)
+            mask_BT = attention_mask[:, -tokens:].bool()  # of this pass: there may be a cache, or a chunk before it
+            return (torch.arange(mask_BT.shape[1], device=mask_BT.device) * mask_BT).argmax(-1, keepdim=True)
         return self.config.num_logits_to_keep or 0
 
     def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -126,17 +126,18 @@ class Layout:
         slots = self.past + self.tokens
         if self.slots_valid_BS is None and self.tokens == 1 and (window is None or slots <= window):
             return None
-        slot_S = torch.arange(slots, device=device)
+        slot_S = torch.arange(slots, dtype=torch.int32, device=device)
         slot_T1 = slot_S[self.past :, None]
         seen = (slot_S <= slot_T1)[None, None]
         if self.slots_valid_BS is not None:
             seen = seen & self.slots_valid_BS[:, None, None]
         if self.seq_idx_BT is not None:
-            seen = seen & (self.seq_idx_BT[:, None, :, None] == self.seq_idx_BT[:, None, None, :])
+            document_BT = self.seq_idx_BT.int()
+            seen = seen & (document_BT[:, None, :, None] == document_BT[:, None, None, :])
         if window is not None:
             position = slot_S[None] if self.slots_valid_BS is None else self.slots_valid_BS.long().cumsum(-1)
             seen = seen & (position[:, None, self.past :, None] - position[:, None, None, :] < window)
-        return seen | (slot_S == slot_T1)
+        return seen if self.slots_valid_BS is None else seen | (slot_S == slot_T1)
 
 
 def _take(x_BTC: Tensor, order_BT: Tensor) -> Tensor:

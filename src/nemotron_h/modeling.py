@@ -25,7 +25,7 @@ from nemotron_h import cache as caches
 from nemotron_h import family, losses
 from nemotron_h.cache import CacheLayer, NemotronHHybridDynamicCache
 from nemotron_h.configuration import NemotronHConfig
-from nemotron_h.errors import InputError
+from nemotron_h.errors import ConfigError, InputError
 from nemotron_h.family import BlockType, Layer
 from nemotron_h.generation_mixin import NemotronHGenerationMixin
 from nemotron_h.inputs import keep_positions, prepare
@@ -315,8 +315,10 @@ def register_block(
         cache_layer: A `CacheLayer` subclass when the block keeps state between passes.
 
     Raises:
-        ConfigError: name or letter is taken.
+        ConfigError: name or letter is taken or illegal, or `cache_layer` is no such class.
     """
+    if cache_layer is not None and not (isinstance(cache_layer, type) and issubclass(cache_layer, CacheLayer)):
+        raise ConfigError(f"block type {name!r}: cache_layer must be a subclass of CacheLayer, got {cache_layer!r}")
     family.add_block(BlockType(name, letter, layer_type="linear_attention" if cache_layer else "mlp"))
     MIXERS[name] = mixer
     if cache_layer is not None:

@@ -39,9 +39,8 @@ PROMPTS = (
     " truth is so well fixed in the minds of the surrounding families, that he is considered as the rightful property"
     ' of some one or other of their daughters. "My dear Mr. Bennet," said his lady to him one day, "have you heard'
     ' that Netherfield Park is let at last?" Mr. Bennet replied that he had not. "But it is," returned she; "for'
-    ' Mrs. Long has just been here, and she told me all about it." Mr. Bennet made no answer. "Do you not want to know who'
-    ' has taken it?" cried his wife impatiently. "You want to tell me, and I have no objection to hearing it." This was'
-    " invitation enough.",
+    ' Mrs. Long has just been here, and she told me all about it." Mr. Bennet made no answer. "Do you not want to know'
+    ' who has taken it?" cried his wife impatiently. "You want to tell me, and I have no objection to hearing it."',
 )
 
 # Fields that change this package's logits and that transformers' model does not read (5.20 to 5.23).

@@ -15,6 +15,7 @@ from nemotron_h.ops.norm import gated_rms_norm, rms_norm
 from nemotron_h.ops.router import route
 from nemotron_h.ops.ssd import ssd, time_step
 
+pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")  # the name before v6
 SEQ_IDX = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2]])
 
 

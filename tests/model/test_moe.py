@@ -41,8 +41,20 @@ def arguments(tokens: int, n_experts: int, top_k: int, kind: str, biases: bool, 
 
     chosen = choose(kind, tokens, n_experts, top_k, generator)
     weights = torch.rand(tokens, top_k, generator=generator).requires_grad_()
-    bias = (draw(n_experts, 12), draw(n_experts, 8)) if biases else (None, None)
-    return draw(tokens, 8), chosen, weights, draw(n_experts, 12, 8), draw(n_experts, 8, 12), "relu2", *bias
+    bias = (draw(n_experts, 16), draw(n_experts, 8)) if biases else (None, None)
+    return draw(tokens, 8), chosen, weights, draw(n_experts, 16, 8), draw(n_experts, 8, 16), "relu2", *bias
+
+
+def cast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """The floating tensors in `dtype`, the routing's weights never below float32."""
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def change(index: int, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return value.detach().to(wide if index == 2 else dtype).requires_grad_()
+
+    return tuple(change(index, value) for index, value in enumerate(args))
 
 
 def run(args: tuple[Any, ...], impl: str) -> tuple[Tensor, list[Tensor]]:
@@ -77,9 +89,7 @@ def test_both_implementations(
     expected = plainly(*args)
     reference, reference_grads = run(args, "reference")
     assert_close(reference, expected, "reference")
-    wide = tuple(
-        a.detach().double().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
-    )
+    wide = cast(args, torch.float64)
     value, wide_grads = run(wide, "reference")
     assert_close(value, expected, "reference in float64", BOUND64)
     assert_close(reference_grads, wide_grads, "gradients")
@@ -97,10 +107,7 @@ def test_both_implementations(
 def test_bfloat16(kind: str) -> None:
     """Weighted sums are float32: the error is that of the products' bfloat16, in both implementations."""
     args = arguments(32, 8, 2, kind, False, 0)
-    low = tuple(
-        a.detach().bfloat16() if isinstance(a, Tensor) and a.dtype == torch.float32 and i != 2 else a
-        for i, a in enumerate(args)
-    )
+    low = cast(args, torch.bfloat16)
     expected = plainly(*low)
     for impl in ("reference", "grouped"):
         out = experts(*low, impl=impl)
@@ -109,19 +116,11 @@ def test_bfloat16(kind: str) -> None:
 
 
 def test_grouped_says_why_it_cannot() -> None:
-    wide = tuple(
-        a.double() if isinstance(a, Tensor) and a.is_floating_point() else a
-        for a in arguments(32, 4, 2, "even", False, 0)
-    )
+    wide = cast(arguments(32, 4, 2, "even", False, 0), torch.float64)
     with pytest.raises(KernelError, match="float64"):
         experts(*wide, impl="grouped")
-    narrow = (
-        torch.randn(32, 3),
-        torch.zeros(32, 1, dtype=torch.long),
-        torch.ones(32, 1),
-        torch.randn(2, 5, 3),
-        torch.randn(2, 3, 5),
-    )
+    weights = torch.randn(2, 5, 3), torch.randn(2, 3, 5)
+    narrow = torch.randn(32, 3), torch.zeros(32, 1, dtype=torch.long), torch.ones(32, 1), *weights
     with pytest.raises(KernelError, match="16 bytes"):
         experts(*narrow, "relu", impl="grouped")
     assert_close(experts(*narrow, "relu2"), plainly(*narrow, "relu2", None, None))
@@ -136,13 +135,8 @@ def test_no_tokens() -> None:
 @pytest.mark.parametrize("norm", [True, False])
 def test_router_is_the_references(n_group: int, topk_group: int, top_k: int, norm: bool) -> None:
     """Down to margins of 1e-4, in float32, with weights that carry no bias."""
-    config = tiny_config(
-        n_group=n_group,
-        topk_group=topk_group,
-        num_experts_per_tok=top_k,
-        norm_topk_prob=norm,
-        routed_scaling_factor=2.5,
-    )
+    groups = {"n_group": n_group, "topk_group": topk_group}
+    config = tiny_config(**groups, num_experts_per_tok=top_k, norm_topk_prob=norm, routed_scaling_factor=2.5)
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(*s, generator=generator) for s in ((400, 16), (8, 16), (8,)))
     weight, bias = weight / 4, bias * 0.3

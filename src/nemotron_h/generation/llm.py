@@ -200,7 +200,7 @@ class LLM:
         """
         listed = _as_list(prompts)
         params = SamplingParams() if params is None else params
-        chosen = list(params) if isinstance(params, list | tuple) else [params] * len(listed)
+        chosen: list[Any] = list(params) if isinstance(params, list | tuple) else [params] * len(listed)
         if len(chosen) != len(listed):
             raise InputError(f"{len(chosen)} params for {len(listed)} prompts: give one for all, or one for each")
         for p in chosen:

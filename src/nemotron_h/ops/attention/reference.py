@@ -7,6 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nemotron_h.ops.tracing import tracing
+
+BLOCK = 256  # queries that share one span of keys, so that packed documents do not cost the whole [T, S] product
+
 
 def attention(
     q_BTQd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, visible: Tensor | None, causal: bool, dropout: float
@@ -19,10 +23,27 @@ def attention(
         return y_BKRd.flatten(1, 2)[:, None]
     k_BQSd, v_BQSd = k_BKSd.repeat_interleave(repeats, dim=1), v_BKSd.repeat_interleave(repeats, dim=1)
     q_BQTd = q_BTQd.transpose(1, 2)
-    y_BQTd = F.scaled_dot_product_attention(
-        q_BQTd, k_BQSd, v_BQSd, attn_mask=visible, dropout_p=dropout, is_causal=causal
-    )
+    if visible is None or q_BTQd.shape[1] <= BLOCK or not _readable(visible):
+        y_BQTd = F.scaled_dot_product_attention(
+            q_BQTd, k_BQSd, v_BQSd, attn_mask=visible, dropout_p=dropout, is_causal=causal
+        )
+    else:
+        parts = zip(q_BQTd.split(BLOCK, dim=2), visible.split(BLOCK, dim=2), strict=True)
+        y_BQTd = torch.cat([_block(q, k_BQSd, v_BQSd, seen, dropout) for q, seen in parts], dim=2)
     return y_BQTd.transpose(1, 2)
+
+
+def _readable(visible: Tensor) -> bool:
+    """Whether looking at the mask's values is possible and free."""
+    return visible.is_cpu and type(visible) is Tensor and not tracing()
+
+
+def _block(q_BQbd: Tensor, k_BQSd: Tensor, v_BQSd: Tensor, visible: Tensor, dropout: float) -> Tensor:
+    """Attention of a block of queries to the span of keys that any of them sees."""
+    seen = visible.flatten(0, -2).any(0).nonzero()
+    low, high = int(seen[0]), int(seen[-1]) + 1
+    k_BQSd, v_BQSd = k_BQSd[:, :, low:high], v_BQSd[:, :, low:high]
+    return F.scaled_dot_product_attention(q_BQbd, k_BQSd, v_BQSd, attn_mask=visible[..., low:high], dropout_p=dropout)
 
 
 def attention_weights(
