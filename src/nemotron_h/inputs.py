@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from nemotron_h.configuration import NemotronHConfig
 from nemotron_h.errors import CacheError, InputError
 from nemotron_h.layout import Layout, Recorder, documents, readable, validity
 
-if TYPE_CHECKING:
-    from nemotron_h.modeling import NemotronHModel
-
 logger = logging.getLogger("nemotron_h")
 
 _NAMES = (
@@ -27,6 +24,14 @@ _NAMES = (
     "cache_position", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "labels",
     "use_cache", "logits_to_keep",
 )  # fmt: skip
+
+
+class Trunk(Protocol):
+    """What a pass must know of the model that runs it."""
+
+    config: NemotronHConfig
+    training: bool
+    gradient_checkpointing: bool
 
 
 class Options(NamedTuple):
@@ -49,7 +54,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    model: NemotronHModel,
+    model: Trunk,
     input_ids: Tensor | None,
     inputs_embeds: Tensor | None,
     position_ids: Tensor | None,
@@ -110,7 +115,7 @@ def _refuse_misspelt(kwargs: Mapping[str, Any]) -> None:
 
 
 def _cache(
-    model: NemotronHModel, past_key_values: Any, use_cache: bool | None, batch: int, packed: bool
+    model: Trunk, past_key_values: Any, use_cache: bool | None, batch: int, packed: bool
 ) -> NemotronHHybridDynamicCache | None:
     if past_key_values is not None:
         if packed:
@@ -126,9 +131,7 @@ def _cache(
     return _unless_checkpointing(model, NemotronHHybridDynamicCache(model.config)) if wanted else None
 
 
-def _unless_checkpointing(
-    model: NemotronHModel, cache: NemotronHHybridDynamicCache
-) -> NemotronHHybridDynamicCache | None:
+def _unless_checkpointing(model: Trunk, cache: NemotronHHybridDynamicCache) -> NemotronHHybridDynamicCache | None:
     if not (model.gradient_checkpointing and model.training):
         return cache
     if cache.length:

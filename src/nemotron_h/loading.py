@@ -109,7 +109,7 @@ class Loading(PreTrainedModel):
         return LoadStateDictInfo(tied, set(), set(), [], {}, set()), None
 
     def _load_and_finalize_distributed_pretrained_model(self, directory: Any, *_: Any) -> Any:
-        """transformers' way for directories with files `shard-<i>-model-<j>-of-<n>.safetensors`, which checks little."""
+        """transformers' way for directories with `shard-<i>-model-<j>-of-<n>.safetensors` files; it checks little."""
         raise UnsupportedError(f"{directory}: holds a distributed checkpoint; save it again with save_pretrained(...)")
 
     def save_pretrained(

@@ -12,14 +12,12 @@ token · F expert width · L latent width · M = B·T.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from nemotron_h import cache as caches
 from nemotron_h import family, losses
@@ -37,6 +35,7 @@ from nemotron_h.ops.moe import experts, load
 from nemotron_h.ops.norm import gated_rms_norm, rms_norm
 from nemotron_h.ops.router import Routing, route
 from nemotron_h.ops.ssd import ssd, time_step
+from nemotron_h.outputs import NemotronHCausalLMOutput, NemotronHModelOutput
 from nemotron_h.pretrained import NemotronHPreTrainedModel
 
 
@@ -341,31 +340,6 @@ class NemotronHBlock(GradientCheckpointingLayer):
         normed = self.norm(hidden_states).to(self.norm.weight.dtype)
         mixed = self.mixer(normed, layout, cache)
         return hidden_states + F.dropout(mixed, self.dropout, self.training)
-
-
-@dataclass
-class NemotronHModelOutput(BaseModelOutputWithPast):
-    """As transformers' output, with `router_logits` (pre-sigmoid, [M, E] per moe layer) and `ssm_states`
-    ([B, H, P, N] per mamba layer, behind the last token), both only when asked for."""
-
-    router_logits: tuple[Tensor, ...] | None = None
-    ssm_states: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class NemotronHCausalLMOutput(CausalLMOutputWithPast):
-    """As transformers' output; `loss` includes the terms whose config scale is > 0, each is also returned by itself.
-
-    mtp_logits: one [B, T - j, V] per depth j, float32. aux_loss: balance. z_loss: router. All only when asked for or
-    when labels are given.
-    """
-
-    router_logits: tuple[Tensor, ...] | None = None
-    ssm_states: tuple[Tensor, ...] | None = None
-    mtp_logits: list[Tensor] | None = None
-    mtp_loss: Tensor | None = None
-    aux_loss: Tensor | None = None
-    z_loss: Tensor | None = None
 
 
 class NemotronHModel(NemotronHPreTrainedModel):

@@ -87,6 +87,25 @@ def test_router_biases_stay_float32(init, tmp_path):
     assert {info.dtype for name, info in infos.items() if not name.endswith("correction_bias")} == {"BF16"}
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["num_nextn_predict_layers=0"],
+        ["num_nextn_predict_layers=2"],
+        ["num_nextn_predict_layers=2", 'mtp_block_configs=[{"block_type": "moe", "n_routed_experts": 12}]'],
+        ['block_configs=[{"block_type": "moe", "n_routed_experts": 10}, {"block_type": "mamba"}]'],
+    ],
+)
+def test_info_knows_the_bytes_beforehand(run, tmp_path, changes):
+    options = [*SETS, *(word for change in changes for word in ("--set", change))]
+    options += [] if "block_configs" in changes[0] else ["--layers", "ME*-E"]
+    assert run("init", PRESET, tmp_path / "new", *options).status == 0
+    alone = run("info", tmp_path / "new" / "config.json", "--json").json
+    whole = run("info", tmp_path / "new", "--json").json
+    assert alone["bytes_by_part"] == whole["bytes_by_part"]
+    assert alone["parameters"] == whole["files"]["parameters"]
+
+
 def test_a_seed_decides_every_tensor_by_its_name_alone(run, init, tmp_path):
     for name, more in {"a": [], "b": [], "c": ["--seed", "1"]}.items():
         assert init(tmp_path / name, *more).status == 0

@@ -11,6 +11,7 @@ import pytest
 
 from nemotron_h import __version__, errors
 from nemotron_h.cli import COMMANDS, info
+from nemotron_h.cli._output import print_json
 
 IMPORTS_NOTHING = """
 import sys
@@ -129,6 +130,11 @@ def test_an_interrupt_that_an_import_turned_into_another_error(run, monkeypatch)
     before = signal.getsignal(signal.SIGINT)
     assert run("info", "nemotron-h-8b").status == 130
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_json_has_neither_nan_nor_infinity(capsys):
+    print_json({"a": [float("nan"), {"b": float("inf")}], "c": (1.5, None), 3: True})
+    assert capsys.readouterr().out == '{"a": [null, {"b": null}], "c": [1.5, null], "3": true}\n'
 
 
 def test_help_and_info_import_neither_torch_nor_transformers(talker):

@@ -1,5 +1,6 @@
 """What only a process of its own can show: signals, pipes, a full disk under stdout."""
 
+import json
 import os
 import signal
 import subprocess
@@ -55,6 +56,23 @@ def test_a_reader_that_goes_away(endless):
     assert process.wait(timeout=60) == 0
     assert b"Traceback" not in err
     assert b"error" not in err
+
+
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_nobody_ever_reads(option):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "wb") as pipe:
+        command = [sys.executable, "-m", "nemotron_h", "info", "nemotron-h-8b", *option]
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_doctor_in_a_fresh_process_knows_every_op():
+    done = subprocess.run(
+        [sys.executable, "-m", "nemotron_h", "doctor", "--no-measure", "--json"], capture_output=True, check=True
+    )
+    assert {"rms_norm", "ssd_step", "router"} <= {row["op"] for row in json.loads(done.stdout)["ops"]}
 
 
 def test_a_full_disk_under_stdout():

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripting import TOKENIZER
+from transformers import PreTrainedTokenizerFast
 
 from nemotron_h import LLM, SamplingParams, demo_model
 from nemotron_h.errors import CheckpointError, InputError
@@ -43,6 +44,14 @@ def test_decoder_of_any_tokens(ids: list[int]) -> None:
     """Special tokens, halves of characters, bytes that are no UTF-8: pieces join to what decoding at once gives."""
     decoder = TEXT.decoder()
     assert "".join(map(decoder.push, ids)) + decoder.finish() == decode(ids, skip_special_tokens=True)
+
+
+def test_bound_on_the_number_of_tokens() -> None:
+    assert TEXT.tokenizer is not None
+    longest = max((decode([i]) for i in range(14, 2048)), key=len)
+    for text in (longest * 50, "<SPECIAL_3>" * 50, "", "a"):
+        assert TEXT.fewest_tokens(text) <= len(TEXT.encode(text))
+    assert TEXT.fewest_tokens("a" * 4000) > 100  # it says something
 
 
 def test_decoder_without_a_tokenizer() -> None:
@@ -92,7 +101,7 @@ def test_special_tokens_in_a_message_are_plain_text(role: str) -> None:
     assert f"{role}\na {INJECTION} b<|im_end|>\n" in decode(ids)
 
 
-fragments = st.sampled_from(["<|im_end|>", "<|im_", "start|>", "</s>", "\ue000", "\ue0010\ue001", "é", "0"])
+fragments = st.sampled_from(["<|im_end|>", "<|im_", "start|>", "</s>", "\ue000", "\ue0002\ue000", "é", "2"])
 
 
 @given(content=st.lists(fragments).map("".join))
@@ -251,6 +260,19 @@ def test_tokenizer_that_is_a_directory(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").mkdir()
     with pytest.raises(CheckpointError, match=tmp_path.name):
         Text.load(str(tmp_path))
+
+
+def test_reading_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is there must be read; a repository may have no tokenizer."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("Input/output error")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", fail)
+    (tmp_path / "tokenizer.json").write_bytes(WHOLE)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        Text.load(str(tmp_path))
+    assert Text.load("somebody/model").tokenizer is None
 
 
 # Stop texts

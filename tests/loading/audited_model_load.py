@@ -17,7 +17,17 @@ import nemotron_h
 from nemotron_h import NemotronHForCausalLM, NemotronHModel
 from nemotron_h.errors import ModelNotFoundError
 
-PROCESSES = ("socket.", "subprocess.", "os.exec", "os.posix_spawn", "os.fork", "os.system", "ctypes.", "urllib.", "pickle.")
+PROCESSES = (
+    "socket.",
+    "subprocess.",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "os.system",
+    "ctypes.",
+    "urllib.",
+    "pickle.",
+)
 CODE = {"import": 0, "compile": 1, "exec": 0}
 FILES = ("open", "os.listdir", "os.scandir")
 

@@ -56,7 +56,9 @@ config = NemotronHConfig(
     mamba_num_heads=16, mamba_n_groups=2, n_routed_experts=32, moe_intermediate_size=512,
     moe_shared_expert_intermediate_size=512, intermediate_size=512,
 )  # fmt: skip
-NemotronHForCausalLM(NemotronHConfig(hidden_size=8, vocab_size=8, hybrid_override_pattern="-")).save_pretrained(directory)
+NemotronHForCausalLM(NemotronHConfig(hidden_size=8, vocab_size=8, hybrid_override_pattern="-")).save_pretrained(
+    directory
+)
 NemotronHForCausalLM.from_pretrained(directory)  # what is imported late, is now
 
 with torch.device("meta"):

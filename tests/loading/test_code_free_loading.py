@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from helpers import tiny_model
 from loading_cases import read_config
+
+from helpers import tiny_model
 
 CODE_KEYS = {
     "auto_map": {
@@ -49,7 +50,11 @@ def test_a_hostile_directory_runs_nothing(tmp_path: Path) -> None:
     (hostile / "config.json").write_text(json.dumps(read_config(hostile) | CODE_KEYS))
 
     script = Path(__file__).parent / "audited_model_load.py"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "cache"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     run = [sys.executable, str(script), str(hostile), str(benign)]
     result = subprocess.run(run, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr

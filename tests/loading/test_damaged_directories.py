@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_model
 from loading_cases import INDEX, SINGLE, Tensors, read_config, read_weights, write_checkpoint, write_weights
 from safetensors.torch import save_file
 
+from helpers import tiny_model
 from nemotron_h import NemotronHForCausalLM, NemotronHModel
 from nemotron_h.errors import CheckpointError, ConfigError, ModelNotFoundError, UnsupportedError
 
@@ -224,7 +224,9 @@ def test_tied_checkpoints(saved: Path, tmp_path: Path) -> None:
     other[3, 3] += 1e-3
     for name in ("lm_head.weight", "language_model.lm_head.weight"):
         inside = name.startswith("language_model")
-        rest = {("language_model." + key if inside else key): t for key, t in tensors.items() if key != "lm_head.weight"}
+        rest = {
+            ("language_model." + key if inside else key): t for key, t in tensors.items() if key != "lm_head.weight"
+        }
         for head in ({}, {name: embeddings}, {name: embeddings.double()}):
             directory = write_checkpoint(tmp_path / "tied", config, rest | head)
             loaded = NemotronHForCausalLM.from_pretrained(directory)
@@ -249,7 +251,7 @@ def test_a_tie_that_differs_puts_nothing_anywhere(saved: Path, monkeypatch: pyte
     config = read_config(saved) | {"tie_word_embeddings": True}
     (saved / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr("nemotron_h.loading._put", None)
-    with pytest.raises(CheckpointError, match="tie_word_embeddings=True, but lm_head.weight differs"):
+    with pytest.raises(CheckpointError, match=r"tie_word_embeddings=True, but lm_head\.weight differs"):
         NemotronHForCausalLM.from_pretrained(saved)
 
 

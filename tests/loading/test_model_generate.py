@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BIASED, draw_ids, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerFast, StaticCache, set_seed
 
+from helpers import BIASED, draw_ids, tiny_model
 from nemotron_h import NemotronHForCausalLM, NemotronHHybridDynamicCache
 from nemotron_h.errors import CacheError, InputError, UnsupportedError
 
@@ -116,7 +116,9 @@ def test_speculation_of_transformers(pattern: str) -> None:
     expected = naive(model, ids)
     assert torch.equal(model.generate(ids, **GREEDY, prompt_lookup_num_tokens=3), expected)
     assert torch.equal(model.generate(ids, **GREEDY, assistant_model=assistant), expected)
-    assert torch.equal(model.generate(ids, **GREEDY, assistant_model=tiny_model(hybrid_override_pattern=pattern)), expected)
+    assert torch.equal(
+        model.generate(ids, **GREEDY, assistant_model=tiny_model(hybrid_override_pattern=pattern)), expected
+    )
 
 
 def test_prefill_in_chunks() -> None:
@@ -131,7 +133,7 @@ def test_prefill_in_chunks() -> None:
 def test_what_cannot_be_right_padded() -> None:
     model = tiny_model()
     batch = padded([draw_ids(model, 3), draw_ids(model, 6)], "right")
-    with pytest.raises(UnsupportedError, match="prefill_chunk_size with right padding.*pad on the left"):
+    with pytest.raises(UnsupportedError, match=r"prefill_chunk_size with right padding.*pad on the left"):
         model.generate(**batch, **GREEDY, prefill_chunk_size=2)
     single = {name: tensor[:1] for name, tensor in batch.items()}
     for kwargs in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": tiny_model(seed=1)}):
@@ -178,7 +180,10 @@ def test_caches_that_are_given() -> None:
 def test_second_turn_with_right_padding() -> None:
     """The row's last token stands before the end of the new turn, behind a cache."""
     model = tiny_model(**BIASED)
-    turns = [(draw_ids(model, 4, seed=1), draw_ids(model, 5, seed=2)), (draw_ids(model, 6, seed=3), draw_ids(model, 2, seed=4))]
+    turns = [
+        (draw_ids(model, 4, seed=1), draw_ids(model, 5, seed=2)),
+        (draw_ids(model, 6, seed=3), draw_ids(model, 2, seed=4)),
+    ]
     first, second = (padded([turn[i] for turn in turns], "right") for i in range(2))
     cache = NemotronHHybridDynamicCache(model.config)
     with torch.no_grad():

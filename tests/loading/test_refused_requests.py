@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_model
 from loading_cases import read_config
 
+from helpers import tiny_model
 from nemotron_h import NemotronHConfig, NemotronHForCausalLM, NemotronHModel, loading
 from nemotron_h.checkpoint.safetensors import TensorReader
 from nemotron_h.errors import ConfigError, UnsupportedError
@@ -82,11 +82,13 @@ def test_quantized_checkpoint(saved: Path, method: str) -> None:
 def test_unknown_quantization(saved: Path, method: Any) -> None:
     for value in ({"quant_method": method}, {}, [method], "fp8"):
         (saved / "config.json").write_text(json.dumps(read_config(saved) | {"quantization_config": value}))
-        with pytest.raises(ConfigError, match="quantization_config=.*quant_method is one of"):
+        with pytest.raises(ConfigError, match=r"quantization_config=.*quant_method is one of"):
             NemotronHForCausalLM.from_pretrained(saved)
 
 
-@pytest.mark.parametrize("device_map", [{"": "disk"}, {"model": "cpu", "lm_head": "disk"}, {"lm_head": "disk", "": "cpu"}])
+@pytest.mark.parametrize(
+    "device_map", [{"": "disk"}, {"model": "cpu", "lm_head": "disk"}, {"lm_head": "disk", "": "cpu"}]
+)
 def test_offloading_to_disk(saved: Path, tmp_path: Path, device_map: dict[str, str]) -> None:
     with pytest.raises(UnsupportedError, match="offloading to disk"):
         NemotronHForCausalLM.from_pretrained(saved, device_map=device_map, offload_folder=tmp_path / "off")

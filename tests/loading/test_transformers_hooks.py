@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers import tiny_model
 from torch import nn
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -21,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from helpers import tiny_model
 from nemotron_h import NemotronHConfig, NemotronHForCausalLM
 from nemotron_h.modeling import NemotronHBlock
 
@@ -157,7 +157,9 @@ def test_from_pretrained_calls_the_hooks(tmp_path: Path, monkeypatch: pytest.Mon
     assert on_meta, _changed("from_pretrained: the model is not built on meta")
     assert state_dict is None
     assert {Path(file).parent for file in files} == {tmp_path}, _changed("the checkpoint's files")
-    assert load_config.pretrained_model_name_or_path == tmp_path or load_config.pretrained_model_name_or_path == str(tmp_path)
+    assert load_config.pretrained_model_name_or_path == tmp_path or load_config.pretrained_model_name_or_path == str(
+        tmp_path
+    )
     assert calls[1][1] == ({"lm_head.weight"}, set()), "tied names are announced as missing, so that they are tied"
     assert model.lm_head.weight is model.model.embeddings.weight, _changed("tie_weights")
 
@@ -224,7 +226,9 @@ def test_gradient_checkpointing_layer() -> None:
 
 
 def test_post_init_is_what_initializes() -> None:
-    model = NemotronHForCausalLM(NemotronHConfig(hidden_size=8, vocab_size=6, hybrid_override_pattern="M", mamba_num_heads=4, mamba_n_groups=1))
+    model = NemotronHForCausalLM(
+        NemotronHConfig(hidden_size=8, vocab_size=6, hybrid_override_pattern="M", mamba_num_heads=4, mamba_n_groups=1)
+    )
     mixer: Any = model.model.layers[0].mixer
     assert torch.allclose(mixer.A_log, torch.arange(1, 5).float().log()), _changed("_init_weights or post_init")
     assert isinstance(mixer, nn.Module)

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers import BOUND, assert_close, draw_inputs, draw_weights, error, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.nemotron_h import modeling_nemotron_h as theirs
 
+from helpers import BOUND, assert_close, draw_inputs, draw_weights, error, tiny_config, tiny_model
 from nemotron_h import NemotronHConfig, NemotronHForCausalLM
 
 INF = float("inf")
@@ -129,7 +129,7 @@ def test_left_padding_without_biases() -> None:
 
 @pytest.mark.parametrize("pattern", ["MM", "MEM*E"])
 def test_what_the_floor_does(pattern: str) -> None:
-    """Theirs raises every step below `time_step_min` to it, whatever `time_step_limit` says; trained models have such."""
+    """Theirs raises every step below `time_step_min` to it, whatever `time_step_limit` says; trained ones are below."""
     config = tiny_config(hybrid_override_pattern=pattern, mamba_dt_min=1e-3, mamba_dt_limit=(0.0, INF))
     model = draw_weights(NemotronHForCausalLM(config), dt_bias=-9.0)
     ids_T, reference = draw_inputs(model, 40)

@@ -132,6 +132,21 @@ def test_decoding_on_after_one_sided_padding(side: str, continuation: str) -> No
         assert_close(torch.stack(decoded, dim=1)[b], model(row[None]).logits[0, lengths[b] :], f"row {b}")
 
 
+@pytest.mark.parametrize("window", [None, 100])
+@torch.no_grad()
+def test_long_padded_rows_in_pieces(window: int | None) -> None:
+    """Attention goes through long rows in blocks of queries, each with the keys that any row sees."""
+    model = tiny_model(hybrid_override_pattern="*M*", sliding_window=window, mamba_chunk_size=32)
+    mask_BT = torch.ones(3, 900, dtype=torch.long)
+    mask_BT[0, :520], mask_BT[1, 300:], mask_BT[2, 100:700:3] = 0, 0, 0
+    rows = draw_rows(model, mask_BT.sum(-1).tolist())
+    for widths in ([900], [300, 600], [10, 590, 300]):
+        steps = [Piece(mask, False) for mask in mask_BT.split(widths, dim=1)]
+        logits_BTV, _ = run_in_pieces(model, place(rows, mask_BT), steps)
+        for b, row in enumerate(rows):
+            assert_close(logits_BTV[b, mask_BT[b].bool()], model(row[None]).logits[0], f"row {b} in {widths}")
+
+
 @torch.no_grad()
 def test_row_without_any_token_disturbs_nobody() -> None:
     model = variant("all block types")

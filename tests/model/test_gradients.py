@@ -96,6 +96,21 @@ def test_attention(weights: bool, causal: bool) -> None:
     assert torch.autograd.gradcheck(call, (q, k, v))
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("slots", [300, 513, 700])
+def test_attention_in_blocks_of_queries(rows: int, slots: int) -> None:
+    """Any mask, shared by the rows or not, spans that end anywhere: values and gradients of the plain form."""
+    q, k, v = leaves((2, 300, 4, 3), (2, 2, slots, 3), (2, 2, slots, 3))
+    generator = torch.Generator().manual_seed(slots)
+    first = torch.randint(0, slots, (rows, 1, 300, 1), generator=generator).sort(2).values
+    slot = torch.arange(slots)
+    visible = (slot == first) | (slot > first - 30) & (slot < first) & (torch.rand(slots, generator=generator) > 0.3)
+    ours, plain = (attention(q, k, v, visible, return_weights=w).output for w in (False, True))
+    assert_close(ours, plain, "values", BOUND64)
+    for a, b in zip(*(torch.autograd.grad(y.pow(3).sum(), (q, k, v)) for y in (ours, plain)), strict=True):
+        assert_close(a, b, "gradients", BOUND64)
+
+
 def test_norms() -> None:
     x, z, weight = leaves((2, 3, 8), (2, 3, 8), (8,))
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-5), (x, weight))

@@ -66,6 +66,22 @@ def test_logits(describe: Description, window: int | None, lengths: list[int], s
             assert_close(ours[:, start : start + max(0, len(row) - depth)], theirs, f"mtp depth {depth}")
 
 
+@pytest.mark.parametrize("window", [None, 100])
+def test_long_documents(window: int | None) -> None:
+    """Attention goes through long rows in blocks of queries, each with the keys that its documents need."""
+    model = tiny_model(hybrid_override_pattern="*M*", sliding_window=window, mamba_chunk_size=32).double()
+    lengths = [3, 250, 1, 270, 40, 1, 1, 60]
+    rows = draw_rows(model, lengths)
+    packed = model(torch.cat(rows)[None], **positions(lengths)).logits
+    alone = torch.cat([model(row[None]).logits for row in rows], dim=1)
+    assert_close(packed, alone, "logits", BOUND64)
+    weights = torch.randn(alone.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 100
+    expected = gradients(model, (alone * weights).sum())
+    found = gradients(model, (packed * weights).sum())
+    for name in expected:
+        assert_close(found[name], expected[name], name, BOUND64)
+
+
 @pytest.mark.parametrize("describe", DESCRIPTIONS)
 def test_losses_and_gradients(describe: Description) -> None:
     """Summed over a given number of items, the losses of the documents add up; a single token has none."""

@@ -85,7 +85,7 @@ def with_expert_bias(names: Iterable[str]) -> set[str]:
 
 @dataclass
 class Plan:
-    """For every tensor of the model the checkpoint's tensors it is made of: one, one per expert, or none if optional."""
+    """For every tensor of the model those of the checkpoint it is made of: one, one per expert, none if optional."""
 
     sources: dict[str, list[str]] = field(default_factory=dict)
 

@@ -136,17 +136,11 @@ def _report(arguments: list[str], status: int, kind: str, message: str) -> None:
     line = " ".join(message.split())
     if line and sys.stderr is not None:
         print(f"error: {line}", file=sys.stderr)
+    if sys.stdout is None:
+        return
     try:
         if line and "--json" in arguments:
             print_json({"error": {"type": kind, "message": line, "status": status}})
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        _close_stdout()
-    if not line:
-        _close_stdout()
-
-
-def _close_stdout() -> None:
-    """The null device in the place of a stdout that fails, or the interpreter would complain of it at its exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout.flush()
+    except OSError:  # the null device in its place, or the interpreter would complain of it at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

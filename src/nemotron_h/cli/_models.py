@@ -68,8 +68,6 @@ def shape(model: str | None, changes: Mapping[str, Any]) -> Shape:
         file, kind = _from_hub(name), "hub"
     elif path.is_dir():
         file = path / "config.json"
-        if not file.exists():
-            raise ModelNotFoundError(f"{name}: has no config.json; give the directory of a checkpoint")
     elif path.suffix == ".gguf":
         raise UnsupportedError(f"{name}: GGUF files are not read by this version")
     else:
