@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from stand_ins import Calls, install
+from stand_ins import Calls, install, mamba_chunk_scan_combined
 from torch import Tensor
 
 from helpers import assert_close, draw_ids, tiny_model
@@ -67,19 +67,17 @@ def test_scan(calls: Calls, state: Tensor | None, seq_idx: Tensor | None, limit:
     assert (given["seq_idx"] is None) == (seq_idx is None)
 
 
-def test_handing_over_the_limits_would_be_wrong(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the module says of `dt_limit`, shown: with the limits applied again, padding moves the state."""
+def test_handing_over_the_limits_would_be_wrong() -> None:
+    """What the module says of `dt_limit`, shown: with limits or softplus applied again, padding moves the state."""
     *arguments, D_H = scan_arguments(T, LIMITS[1], padding=2)
     _, expected = ssd_reference.chunk_scan(*arguments, D_H, 4, None, None)
-    import mamba_ssm.ops.triton.ssd_combined as package  # type: ignore[import-not-found]
 
-    run = package.mamba_chunk_scan_combined
-    _, again = run(*arguments, 4, D=D_H, dt_limit=LIMITS[1], return_final_states=True)
-    _, softened = run(*arguments, 4, D=D_H, dt_softplus=True, return_final_states=True)
-    _, ours = run(*arguments, 4, D=D_H, return_final_states=True)
-    assert_close(ours, expected)
-    for wrong in (again, softened):
-        assert (wrong - expected).abs().max() > 1e-3
+    def final_state(**kwargs: Any) -> Tensor:
+        return mamba_chunk_scan_combined(*arguments, 4, D=D_H, return_final_states=True, **kwargs)[1]
+
+    assert_close(final_state(), expected)
+    for wrong in ({"dt_limit": LIMITS[1]}, {"dt_softplus": True}):
+        assert (final_state(**wrong) - expected).abs().max() > 1e-3
 
 
 def test_one_token_from_a_state(calls: Calls) -> None:
@@ -286,7 +284,7 @@ def scan(tokens: int, state: bool = False, dtype: torch.dtype = torch.float32, g
         ({"tokens": 1, "state": True, "grad": True}, False),  # the one-token kernels have no backward
         ({"tokens": T, "state": True, "seq_idx_BT": SEQ_IDX_BT}, None),  # the convolution takes one or the other
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else str(value),
 )
 def test_what_the_packages_cannot_do_stays(calls: Calls, op: Any, given: dict[str, Any], taken: bool | None) -> None:
     found, expected = op(**given)

@@ -136,11 +136,12 @@ def _report(arguments: list[str], status: int, kind: str, message: str) -> None:
     line = " ".join(message.split())
     if line and sys.stderr is not None:
         print(f"error: {line}", file=sys.stderr)
-    if sys.stdout is None:
+    stdout = sys.stdout
+    if stdout is None:
         return
     try:
         if line and "--json" in arguments:
             print_json({"error": {"type": kind, "message": line, "status": status}})
-        sys.stdout.flush()
+        stdout.flush()
     except OSError:  # the null device in its place, or the interpreter would complain of it at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
