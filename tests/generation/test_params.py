@@ -11,7 +11,7 @@ from nemotron_h.errors import InputError, UnsupportedError
 
 HOSTILE: list[Any] = [
     -1, 0, 1.5, math.nan, math.inf, -math.inf, 1e308, -1e308, 2**70, -(2**70), 10**400, 10**5000, "5", "", b"5", True,
-    None, [], {}, [[]], object(),
+    None, [], {}, [[]], Ellipsis,
 ]  # fmt: skip
 
 # For each parameter the hostile values that are legal, and some more on either side of its bounds.
