@@ -22,7 +22,7 @@ help:
 	@echo "make clean     remove $(VENV) and all caches"
 
 demo: $(INSTALLED)
-	$(BIN)/nemotron-h generate "The "
+	$(BIN)/nemotron-h generate "Elizabeth"
 
 test: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -n $(JOBS)

@@ -18,12 +18,21 @@ import nemotron_h
 from nemotron_h import errors
 
 ALL = [
+    "CacheError",
+    "CheckpointError",
+    "ConfigError",
+    "InputError",
+    "KernelError",
     "LLM",
+    "MissingDependencyError",
+    "ModelNotFoundError",
     "NemotronHConfig",
+    "NemotronHError",
     "NemotronHForCausalLM",
     "NemotronHHybridDynamicCache",
     "NemotronHModel",
     "SamplingParams",
+    "UnsupportedError",
     "__version__",
     "demo_model",
     "presets",
@@ -42,7 +51,7 @@ def python(code: str) -> Any:
 
 
 def test_all_is_exact() -> None:
-    assert nemotron_h.__all__ == ALL
+    assert sorted(nemotron_h.__all__) == ALL
     assert dir(nemotron_h) == ALL
 
 

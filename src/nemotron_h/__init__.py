@@ -12,12 +12,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
+    "CacheError": "nemotron_h.errors",
+    "CheckpointError": "nemotron_h.errors",
+    "ConfigError": "nemotron_h.errors",
+    "InputError": "nemotron_h.errors",
+    "KernelError": "nemotron_h.errors",
     "LLM": "nemotron_h.generation",
+    "MissingDependencyError": "nemotron_h.errors",
+    "ModelNotFoundError": "nemotron_h.errors",
     "NemotronHConfig": "nemotron_h.configuration",
+    "NemotronHError": "nemotron_h.errors",
     "NemotronHForCausalLM": "nemotron_h.modeling",
     "NemotronHHybridDynamicCache": "nemotron_h.cache",
     "NemotronHModel": "nemotron_h.modeling",
     "SamplingParams": "nemotron_h.generation",
+    "UnsupportedError": "nemotron_h.errors",
     "demo_model": "nemotron_h.demo",
     "presets": "nemotron_h.family",
     "register": "nemotron_h.registration",
@@ -26,11 +35,20 @@ _WHERE = {
 
 __all__ = [
     "LLM",
+    "CacheError",
+    "CheckpointError",
+    "ConfigError",
+    "InputError",
+    "KernelError",
+    "MissingDependencyError",
+    "ModelNotFoundError",
     "NemotronHConfig",
+    "NemotronHError",
     "NemotronHForCausalLM",
     "NemotronHHybridDynamicCache",
     "NemotronHModel",
     "SamplingParams",
+    "UnsupportedError",
     "__version__",
     "demo_model",
     "presets",
@@ -42,6 +60,17 @@ if TYPE_CHECKING:
     from nemotron_h.cache import NemotronHHybridDynamicCache
     from nemotron_h.configuration import NemotronHConfig
     from nemotron_h.demo import demo_model
+    from nemotron_h.errors import (
+        CacheError,
+        CheckpointError,
+        ConfigError,
+        InputError,
+        KernelError,
+        MissingDependencyError,
+        ModelNotFoundError,
+        NemotronHError,
+        UnsupportedError,
+    )
     from nemotron_h.family import presets
     from nemotron_h.generation import LLM, SamplingParams
     from nemotron_h.modeling import NemotronHForCausalLM, NemotronHModel, register_block

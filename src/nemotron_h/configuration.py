@@ -19,7 +19,6 @@ from nemotron_h.strict_json import load_json
 
 logger = logging.getLogger("nemotron_h")
 
-MODEL_TYPES = ("nemotron_h", "nemotron_h_puzzle")
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
 _KNOWN_QUANTIZATION = ("modelopt", "compressed-tensors", "fp8", "nvfp4", "gptq", "awq", "bitsandbytes")
 _OWN_FIELDS = (
@@ -107,7 +106,7 @@ class NemotronHConfig(PreTrainedConfig):
     mtp_block_configs: list[dict[str, Any]] | None
 
     def __init__(self, **kwargs: Any) -> None:
-        _check_model_type(kwargs.pop("model_type", None), kwargs)
+        family.check_model_type(kwargs.pop("model_type", None), kwargs)
         values, extras = family.read(kwargs)
         object.__setattr__(self, "_post_init_done", False)
         for name, value in values.items():
@@ -159,17 +158,20 @@ class NemotronHConfig(PreTrainedConfig):
             family.refuse_typo(key)
         if own.get("dtype") == "auto":  # the file's
             del own["dtype"]
-        return super().from_dict(family.override(_language_model(config_dict), own), **rest)
+        return super().from_dict(family.override(family.language_model(config_dict), own), **rest)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """As in transformers; Puzzle is a model type of ours, not a foreign one to be warned about."""
         model_type = kwargs.pop("model_type", None)
-        config_dict, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        config_dict = _language_model(config_dict)
+        try:
+            config_dict, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except OSError as error:
+            raise ModelNotFoundError.of(pretrained_model_name_or_path, error) from error
+        config_dict = family.language_model(config_dict)
         if model_type is None:
             model_type = config_dict.get("model_type")
-        _check_model_type(model_type, config_dict)
+        family.check_model_type(model_type, config_dict)
         return config_dict | {"model_type": cls.model_type}, rest
 
     @classmethod
@@ -253,23 +255,6 @@ def _comparable(config: NemotronHConfig) -> dict[str, Any]:
 
 def _is_field(key: str) -> bool:
     return family.canonical_name(key) in family.FIELDS or key == "num_hidden_layers"
-
-
-def _language_model(config_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A multimodal checkpoint nests our configuration one level down."""
-    if config_dict.get("model_type", "nemotron_h") not in MODEL_TYPES:
-        for value in config_dict.values():
-            if isinstance(value, Mapping) and value.get("model_type") in MODEL_TYPES:
-                return dict(value)
-    return dict(config_dict)
-
-
-def _check_model_type(model_type: Any, kwargs: Mapping[str, Any]) -> None:
-    if model_type is not None and model_type not in MODEL_TYPES:
-        raise ConfigError(f"model_type={short(model_type)}: this package runs {' and '.join(MODEL_TYPES)} only")
-    spellings = ("block_configs", "layers_block_type", "hybrid_override_pattern", "layer_types")
-    if model_type == "nemotron_h_puzzle" and all(kwargs.get(name) is None for name in spellings):
-        raise ConfigError("model_type='nemotron_h_puzzle' needs block_configs=[one dict per layer]")
 
 
 def _is_reserved(key: str) -> bool:

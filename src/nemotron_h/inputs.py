@@ -67,6 +67,8 @@ def prepare(
     """Check the arguments of a forward pass; see `NemotronHModel.forward` for their meaning and errors."""
     config = model.config
     batch, tokens, device = _check_tokens(config, input_ids, inputs_embeds)
+    if batch == 0:
+        raise InputError("the batch has no rows: give at least one")
     _refuse_misspelt(kwargs)
     if labels is not None:
         losses.check_labels(labels, batch, tokens, config.vocab_size)

@@ -67,7 +67,7 @@ def balance(routings: Sequence[Routing], layout: Layout, batch: int) -> Tensor:
 
     Source: DeepSeek-V3, arXiv 2412.19437, equations 17 to 20; Megatron's `seq_aux_loss`.
     """
-    weight_BT1 = None if layout.valid_BT is None else layout.valid_BT[..., None].float()
+    weight_BT1 = None if layout.valid_BT is None else layout.valid_BT[..., None].to(routings[0].logits.dtype)
     layers = []
     for experts_Mk, _, logits_ME in routings:
         n_experts, top_k = logits_ME.shape[1], experts_Mk.shape[1]
@@ -81,7 +81,7 @@ def balance(routings: Sequence[Routing], layout: Layout, batch: int) -> Tensor:
 
 def z_loss(routings: Sequence[Routing], layout: Layout, batch: int) -> Tensor:
     """`mean(logsumexp(logits)²)` over real tokens, summed over layers (ST-MoE, arXiv 2202.08906, equation 5)."""
-    weight_BT1 = None if layout.valid_BT is None else layout.valid_BT[..., None].float()
+    weight_BT1 = None if layout.valid_BT is None else layout.valid_BT[..., None].to(routings[0].logits.dtype)
     terms = [_mean(z.logsumexp(-1).square().unflatten(0, (batch, -1))[..., None], weight_BT1) for _, _, z in routings]
     return torch.stack([term.mean() for term in terms]).sum()
 

@@ -223,7 +223,8 @@ class NemotronHTopkRouter(nn.Module):
             self.norm_topk_prob, self.routed_scaling_factor,
         )  # fmt: skip
         if self.training:
-            load_E = load(routing.experts, self.weight.shape[0], valid_M)
+            dtype = self.e_score_correction_bias.dtype
+            load_E = load(routing.experts, self.weight.shape[0], valid_M, dtype)
             self.load_E = load_E if self.load_E is None else self.load_E + load_E
         return routing
 

@@ -53,7 +53,12 @@ class NemotronHPreTrainedModel(Loading):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialization from scratch (numerics.md, "Initialization"); loaded weights are flagged and stay."""
+        """Initialization from scratch (numerics.md, "Initialization"); loaded weights are flagged and stay.
+
+        Modules of a user's own block have initialized their parameters themselves; the linears in them are drawn here.
+        """
+        if not any(_is_known(cls) for cls in type(module).__mro__):
+            return
         prefix = "conv1d." if isinstance(module, nn.Conv1d) else ""
         for name, parameter in module.named_parameters(recurse=False):
             initialize(prefix + name, parameter, self.config)
@@ -63,6 +68,10 @@ class NemotronHPreTrainedModel(Loading):
         if self.config.rescale_prenorm_residual and hasattr(module, "A_log"):
             # Drawn once more: as a linear of its own it did not know that it belongs to a Mamba mixer.
             initialize("out_proj.weight", cast(Any, module.out_proj).weight, self.config)
+
+
+def _is_known(cls: type) -> bool:
+    return cls is not nn.Module and cls.__module__.startswith(("nemotron_h.", "torch.nn."))
 
 
 def _check_memory(config: NemotronHConfig) -> None:
@@ -81,7 +90,8 @@ def _check_memory(config: NemotronHConfig) -> None:
 
 
 def _countable(config: NemotronHConfig) -> bool:
-    return all(family.BLOCKS[name].tensors is not None for name in config.layers_block_type)
+    heads = config.mtp_layers_block_type if config.num_nextn_predict_layers else []
+    return all(family.BLOCKS[name].tensors is not None for name in (*config.layers_block_type, *heads))
 
 
 def _available_memory() -> int:

@@ -45,7 +45,7 @@ PROMPTS = (
 
 # Fields that change this package's logits and that transformers' model does not read (5.20 to 5.23).
 PEER_IGNORES = (
-    "tie_word_embeddings", "attention_bias", "sliding_window", "residual_in_fp32", "mamba_proj_bias",
+    "attention_bias", "sliding_window", "residual_in_fp32", "mamba_proj_bias",
     "n_shared_experts", "block_configs",
 )  # fmt: skip
 
@@ -201,7 +201,8 @@ def _encode(llm: LLM, prompt: str | Sequence[int]) -> list[int]:
 
 def _check_weights(model: NemotronHForCausalLM, report: Report) -> None:
     """Name the tensors, experts one by one, that hold NaN or infinity, and the weights that are zero throughout."""
-    for native, tensor in model.state_dict().items():
+    stored = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    for native, tensor in stored.items():
         for index, (name, shape) in enumerate(hub_names(native, tuple(tensor.shape))):
             piece = tensor if tuple(tensor.shape) == shape else tensor[index]
             report.tensors += 1
@@ -322,6 +323,9 @@ def _compare_peer(
     as_it_is, lifted = _Difference(), _Difference()
     try:
         peer = _load_peer(report.model, dtype)
+        if config.tie_word_embeddings:  # which it ignores: its lm_head would be random
+            peer.lm_head.weight = peer.get_input_embeddings().weight
+            report.notes.append("transformers does not tie lm_head to the embeddings; for the comparison it was tied")
         for ids, yardstick_TV in zip(prompts, yardstick, strict=True):
             as_it_is.add(_logits(peer, ids), yardstick_TV)
         for module in peer.modules():

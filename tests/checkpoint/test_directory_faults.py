@@ -193,7 +193,7 @@ def test_links_out_of_the_directory(tmp_path: Path, name: str, absolute: bool) -
     shard(tmp_path / "outside", a=1, b=2)
     (tmp_path / "m" / name).unlink(missing_ok=True)
     (tmp_path / "m" / name).symlink_to(tmp_path / "outside" if absolute else "../outside")
-    refused(tmp_path / "m", name, "symbolic link to", "outside'", "copy the file")
+    refused(tmp_path / "m", name, "symbolic link to", "outside the directory", "copy the file")
 
 
 def test_links_out_of_a_hub_cache(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`chat`: turns, commands, reasoning, and what Ctrl-C does; piped, and at a pretended terminal."""
 
 import io
+import signal
 import sys
 
 import pytest
@@ -171,6 +172,12 @@ def test_ctrl_c_interrupts_an_answer(terminal, monkeypatch):
     assert outcome.status == 0
     assert "interrupted" in outcome.err
     assert [m["role"] for m in outcome.json["messages"]] == ["user", "assistant"]  # what was said stays
+
+
+def test_an_interrupt_that_was_dealt_with_hides_no_later_mistake(terminal, monkeypatch):
+    monkeypatch.setattr(LLM, "stream", lambda self, ids, params: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(ValueError, match="ours"):
+        terminal("Hi", ValueError("ours"))
 
 
 def test_ctrl_c_ends_a_piped_conversation(talk, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nemotron_h import LLM, NemotronHForCausalLM, SamplingParams, demo
+from nemotron_h.errors import ModelNotFoundError
 from nemotron_h.generation import llm as engine
 
 
@@ -68,6 +69,16 @@ def test_json(run, talker, oracle):
     assert result["decode"]["tokens_per_second"] == pytest.approx(
         result["decode"]["tokens"] / result["decode"]["seconds"]
     )
+
+
+def test_a_hub_id_goes_to_the_library(run, monkeypatch):
+    def missing(self, model, **options):
+        raise ModelNotFoundError(f"{model}: not there")
+
+    monkeypatch.setattr(engine.LLM, "__init__", missing)
+    outcome = run("generate", "owner/name", "Hello")
+    assert outcome.status == 2
+    assert outcome.error == "error: owner/name: not there"
 
 
 def test_one_argument_is_a_prompt_for_the_shipped_model(run, monkeypatch, talker):

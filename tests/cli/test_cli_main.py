@@ -1,6 +1,7 @@
 """`main`: help, versions, exit statuses, and one line for every error."""
 
 import errno
+import os
 import resource
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from importlib import import_module
 import pytest
 
 from nemotron_h import __version__, errors
-from nemotron_h.cli import COMMANDS, info
+from nemotron_h.cli import COMMANDS, info, main
 from nemotron_h.cli._output import print_json
 
 IMPORTS_NOTHING = """
@@ -135,6 +136,20 @@ def test_an_interrupt_that_an_import_turned_into_another_error(run, monkeypatch)
 def test_json_has_neither_nan_nor_infinity(capsys):
     print_json({"a": [float("nan"), {"b": float("inf")}], "c": (1.5, None), 3: True})
     assert capsys.readouterr().out == '{"a": [null, {"b": null}], "c": [1.5, null], "3": true}\n'
+
+
+def test_the_real_command_line_exits_by_itself_on_ctrl_c(monkeypatch, run):
+    def fail(of):
+        raise KeyboardInterrupt
+
+    exits = []
+    monkeypatch.setattr(info, "describe", fail)
+    monkeypatch.setattr(os, "_exit", exits.append)
+    run("info", "nemotron-h-8b")
+    assert exits == []
+    monkeypatch.setattr(sys, "argv", ["nemotron-h", "info", "nemotron-h-8b"])
+    main()
+    assert exits == [130]
 
 
 def test_help_and_info_import_neither_torch_nor_transformers(talker):

@@ -11,9 +11,15 @@ import pytest
 FOREVER = ("--max-tokens", "100000000", "--ignore-eos")
 
 
-def _start(*arguments, **options):
+@pytest.fixture(autouse=True)
+def buffered(monkeypatch):
+    """As a user's shell has it: or no buffer would hold what the interpreter's exit trips over."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+
+
+def _start(*arguments):
     command = [sys.executable, "-m", "nemotron_h", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @pytest.fixture

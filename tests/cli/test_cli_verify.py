@@ -208,6 +208,18 @@ def test_fields_that_transformers_ignores(tmp_path):
     assert any("sliding_window" in note for note in report.notes)
 
 
+def test_a_tied_model(run, tmp_path):
+    model = draw_weights(tiny_model(tie_word_embeddings=True), dt_bias=-9.0)
+    model.save_pretrained(tmp_path)
+    outcome = run("verify", tmp_path, "--against", "transformers", *QUICK, "--json")
+    assert outcome.status == 0
+    floored, lifted = outcome.json["comparisons"][2:]
+    assert floored["max_delta"] > floored["bound"]
+    assert lifted["judged"] is True
+    assert any("tied" in note for note in outcome.json["notes"])
+    assert outcome.json["tensors"] == run("info", tmp_path, "--json").json["files"]["tensors"]
+
+
 def test_a_time_step_limit_is_given_to_the_peer(tmp_path):
     draw_weights(tiny_model(time_step_limit=(0.2, 0.4))).save_pretrained(tmp_path)
     report = verify(tmp_path, prompts=[list(range(1, 12))], against="transformers")

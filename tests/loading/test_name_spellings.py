@@ -96,9 +96,9 @@ def test_spelling(tmp_path: Path, spelling: str, expert_bias: bool) -> None:
 
 
 def _model(expert_bias: bool) -> NemotronHForCausalLM:
-    """Ten experts, so that names sorted as text are not in order, in the trunk and in a head."""
+    """Twelve experts, so that names sorted as text are not in order, in the trunk and in a head."""
     model = tiny_model(
-        hybrid_override_pattern="ME*-", n_routed_experts=10, num_nextn_predict_layers=1, hidden_size=12, **BIASED
+        hybrid_override_pattern="ME*-", n_routed_experts=12, num_nextn_predict_layers=1, hidden_size=12, **BIASED
     )
     if expert_bias:
         for name, module in model.named_modules():

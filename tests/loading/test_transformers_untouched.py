@@ -158,7 +158,7 @@ def test_without_transformers_own_nemotron_h(tmp_path: Path) -> None:
         assert loaded.generate(ids, max_new_tokens=3, num_beams=2, eos_token_id=None).shape == (2, 9)
         nemotron_h.register()
         assert type(AutoModelForCausalLM.from_pretrained(sys.argv[1])) is NemotronHForCausalLM
-        assert not [name for name, module in sys.modules.items() if name.startswith(own) and module is not None]
+        assert not [name for name, module in sys.modules.items() if f"{name}.".startswith(own + ".") and module]
         try:
             import transformers.models.nemotron_h.modeling_nemotron_h
         except ImportError:

@@ -124,6 +124,13 @@ def test_history_is_bounded_and_ends_at_a_crop() -> None:
         kept.crop(-1)
 
 
+@torch.no_grad()
+def test_is_croppable_says_whether_tokens_can_be_taken_back() -> None:
+    for pattern, recorded, expected in (("M*", None, False), ("M*", 0, True), ("*-", None, True), ("E", None, True)):
+        model = tiny_model(hybrid_override_pattern=pattern)
+        assert fill(model, draw_ids(model, 1, 4), recorded_from=recorded).is_croppable is expected
+
+
 @pytest.mark.parametrize("pattern", ["M*", "M", "**", "E-"])
 @torch.no_grad()
 def test_crop_to_zero_is_always_possible(pattern: str) -> None:

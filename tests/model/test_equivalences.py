@@ -11,6 +11,7 @@ from torch import Tensor
 
 from helpers import BIASED, assert_close, draw_ids, draw_rows, tiny_model
 from nemotron_h import NemotronHForCausalLM, NemotronHHybridDynamicCache
+from nemotron_h.layout import Layout
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "all block types": BIASED,
@@ -166,6 +167,20 @@ def test_mask_dtypes_and_what_stands_at_padding_do_not_matter(dtype: torch.dtype
     first, other = (torch.where(mask.bool(), torch.tensor([3, 1, 4, 1, 5]), pad) for pad in (0, 49))
     a = model(first, attention_mask=mask).logits[mask.bool()]
     assert torch.equal(model(other, attention_mask=mask.to(dtype)).logits[mask.bool()], a)
+
+
+@pytest.mark.parametrize("mask", [[[0, 0, 1, 1, 1]], [[1, 1, 0, 0, 0]], [[1, 0, 1, 0, 1]]])
+def test_nan_at_padding_stays_out_of_a_mamba_mixer(mask: list[list[int]]) -> None:
+    """Neither the output nor a gradient sees what stands at padding, and the mixer adds nothing there but its bias."""
+    mixer, valid_BT = variant("mamba only").model.layers[0].mixer, torch.tensor(mask).bool()
+    layout = Layout(5, valid_BT=valid_BT, slots_valid_BS=valid_BT)
+    x_BTD = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    results = []
+    for padding in (0.0, float("nan")):
+        y_BTD = mixer(torch.where(valid_BT[..., None], x_BTD, padding), layout)
+        results.append([y_BTD, *torch.autograd.grad(y_BTD[valid_BT].sum(), mixer.parameters(), allow_unused=True)])
+    assert_close(results[1], results[0])
+    assert torch.equal(results[1][0][~valid_BT], mixer.out_proj.bias.expand(int((~valid_BT).sum()), -1))
 
 
 @torch.no_grad()

@@ -161,9 +161,12 @@ def test_loss_by_finite_differences() -> None:
 
 
 @pytest.mark.parametrize("sizes", [[4, 5], [1, 1, 7], [8, 1], [3, 3, 1, 1, 1]])
-def test_through_the_cache(sizes: list[int]) -> None:
-    """Passing the tokens in pieces must not cut the graph between the pieces."""
+@pytest.mark.parametrize("trained", ["", "q_proj", "dt_bias", "experts"])
+def test_through_the_cache(sizes: list[int], trained: str) -> None:
+    """Passing the tokens in pieces must not cut the graph between the pieces, nor overwrite what it holds."""
     model = tiny_model(**BIASED).double()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
     ids = draw_ids(model, 2, 9)
     full = model(ids)
     weights = torch.randn(full.logits.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

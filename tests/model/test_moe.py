@@ -143,7 +143,7 @@ def test_router_is_the_references(n_group: int, topk_group: int, top_k: int, nor
     # A zero input ties all scores: the bias alone decides, by as little as the margin.
     x[:2] = 0
     near = torch.linspace(0, 7 * MARGIN * 1.5, 8)
-    for bias_E in (bias, near):
+    for bias_E in (bias, near, bias - 3):  # the last: scores are negative, refused groups must stay below them
         routing = route(x, weight, bias_E, top_k, n_group, topk_group, norm, 2.5)
         compared = 0
         for m in range(len(x)):

@@ -129,6 +129,8 @@ def test_empty_sequence() -> None:
         ({"input_ids": torch.zeros(1, 2, dtype=torch.long), "inputs_embeds": torch.zeros(1, 2, 32)}, "exactly one"),
         ({"input_ids": torch.zeros(2, dtype=torch.long)}, r"\[batch, tokens\]"),
         ({"input_ids": torch.zeros(1, 2)}, "integers"),
+        ({"input_ids": torch.zeros(0, 2, dtype=torch.long)}, "no rows"),
+        ({"inputs_embeds": torch.zeros(0, 2, 32)}, "no rows"),
         ({"input_ids": torch.tensor([[3, 50]])}, "vocab_size=50"),
         ({"input_ids": torch.tensor([[3, -1]])}, "vocab_size=50"),
         ({"inputs_embeds": torch.zeros(1, 2, 31)}, r"tokens, 32\]"),

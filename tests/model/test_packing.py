@@ -146,10 +146,11 @@ def test_packed_rows_with_padding(side: str) -> None:
         ids[b, mask[b].bool()] = torch.cat(documents)
         real = mask[b].cumsum(0).sub(1).clamp(min=0)
         seq_idx[b] = numbers[real]
-    logits = model(ids, attention_mask=mask, seq_idx=seq_idx, use_cache=False).logits
+    packed = model(ids, attention_mask=mask, seq_idx=seq_idx, use_cache=False, output_ssm_states=True)
     for b, documents in enumerate(rows):
-        alone = torch.cat([model(d[None]).logits[0] for d in documents])
-        assert_close(logits[b, mask[b].bool()], alone, f"row {b}")
+        alone = [model(d[None], output_ssm_states=True) for d in documents]
+        assert_close(packed.logits[b, mask[b].bool()], torch.cat([out.logits[0] for out in alone]), f"row {b}")
+        assert_close([s[b : b + 1] for s in packed.ssm_states], alone[-1].ssm_states, "the last document's states")
 
 
 @torch.no_grad()

@@ -107,8 +107,8 @@ class AttentionLayer(CacheLayer):
 
     def _write(self, buffer: Tensor | None, new_BKTd: Tensor, end: int) -> Tensor:
         used = None if buffer is None or self.length == 0 else buffer[:, :, : self.length]
-        if new_BKTd.requires_grad or (used is not None and used.requires_grad):
-            return new_BKTd if used is None else torch.cat([used, new_BKTd], dim=2)  # autograd wants no overwriting
+        if torch.is_grad_enabled():  # a graph may hold what was here, even where only the queries are trained
+            return new_BKTd if used is None else torch.cat([used, new_BKTd], dim=2)
         if used is None or buffer is None or buffer.shape[2] < end:
             batch, heads, _, size = new_BKTd.shape
             buffer = new_BKTd.new_zeros(batch, heads, -(-end // BLOCK) * BLOCK, size)

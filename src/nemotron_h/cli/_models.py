@@ -13,8 +13,6 @@ from nemotron_h import demo, family
 from nemotron_h.errors import ConfigError, InputError, ModelNotFoundError, UnsupportedError
 from nemotron_h.strict_json import load_json
 
-MODEL_TYPES = ("nemotron_h", "nemotron_h_puzzle")
-
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -104,14 +102,9 @@ def _ours(config: object, file: Path) -> dict[str, Any]:
     """The configuration of the language model in a config.json, which multimodal checkpoints nest one level down."""
     if not isinstance(config, dict):
         raise ConfigError(f"{file}: a config must be a JSON object, got {type(config).__name__}")
-    if config.get("model_type", MODEL_TYPES[0]) in MODEL_TYPES:
-        return config
-    for value in config.values():
-        if isinstance(value, dict) and value.get("model_type") in MODEL_TYPES:
-            return value
-    raise ConfigError(
-        f"{file}: model_type={config['model_type']!r}: this package runs {' and '.join(MODEL_TYPES)} only"
-    )
+    ours = family.language_model(config)
+    family.check_model_type(ours.get("model_type"), ours)
+    return ours
 
 
 def _from_hub(name: str) -> Path:

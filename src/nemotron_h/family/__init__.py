@@ -21,7 +21,17 @@ from nemotron_h.family.blocks import add as add_block
 from nemotron_h.family.fields import ACTIVATIONS, ALIASES, FIELDS, MOE_FIELDS, Field
 from nemotron_h.family.presets import PRESETS, preset, presets
 from nemotron_h.family.rules import check, check_field
-from nemotron_h.family.spelling import CODE_KEYS, INERT, canonical_name, decode, override, read, refuse_typo
+from nemotron_h.family.spelling import (
+    CODE_KEYS,
+    INERT,
+    canonical_name,
+    check_model_type,
+    decode,
+    language_model,
+    override,
+    read,
+    refuse_typo,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -43,9 +53,11 @@ __all__ = [
     "canonical_name",
     "check",
     "check_field",
+    "check_model_type",
     "count",
     "decode",
     "describe",
+    "language_model",
     "layer",
     "mtp_layer",
     "mtp_tensors",

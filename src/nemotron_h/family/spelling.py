@@ -38,6 +38,26 @@ _PATTERNS = {
 }
 _TYPES_OF = {"block_configs": "layers_block_type", "mtp_block_configs": "mtp_layers_block_type"}
 
+MODEL_TYPES = ("nemotron_h", "nemotron_h_puzzle")
+
+
+def language_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Our part of a config.json: multimodal checkpoints nest it one level down."""
+    if config.get("model_type") not in (None, *MODEL_TYPES):
+        for value in config.values():
+            if isinstance(value, Mapping) and value.get("model_type") in MODEL_TYPES:
+                return dict(value)
+    return dict(config)
+
+
+def check_model_type(model_type: Any, config: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for a foreign model type, and for Puzzle's without its list of layers."""
+    if model_type is not None and model_type not in MODEL_TYPES:
+        raise ConfigError(f"model_type={short(model_type)}: this package runs {' and '.join(MODEL_TYPES)} only")
+    spellings = ("block_configs", "layers_block_type", "hybrid_override_pattern", "layer_types")
+    if model_type == "nemotron_h_puzzle" and all(config.get(name) is None for name in spellings):
+        raise ConfigError("model_type='nemotron_h_puzzle' needs block_configs=[one dict per layer]")
+
 
 def canonical_name(key: str) -> str:
     """The field of the table that `key` is a spelling of; `key` itself when it is none."""

@@ -44,6 +44,7 @@ def causal_conv1d(
         seq_idx_BT: Document of each token; taps do not reach into another document.
         use_packages: On CUDA, take the `causal_conv1d` package where it is installed and can do the call.
     """
-    if use_packages and impl is None and cuda.refusal(x_BTC, activation, window_BCK, lengths_B) is None:
+    packages = use_packages and impl is None
+    if packages and cuda.refusal(x_BTC, weight_CK, activation, window_BCK, lengths_B, seq_idx_BT) is None:
         return ConvResult(*cuda.causal_conv1d(x_BTC, weight_CK, bias_C, activation, window_BCK, seq_idx_BT))
     return ConvResult(*_CONV(x_BTC, weight_CK, bias_C, activation, window_BCK, lengths_B, seq_idx_BT, impl=impl))

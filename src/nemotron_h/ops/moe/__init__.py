@@ -35,10 +35,12 @@ def experts(
     return _EXPERTS(x_ML, experts_Mk, weights_Mk, up_EFL, down_ELF, activation, up_bias_EF, down_bias_EL, impl=impl)
 
 
-def load(experts_Mk: Tensor, n_experts: int, valid_M: Tensor | None = None) -> Tensor:
-    """Tokens per expert [E], float32; padding does not count."""
-    ones = torch.ones_like(experts_Mk, dtype=torch.float32)
+def load(
+    experts_Mk: Tensor, n_experts: int, valid_M: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Tokens per expert [E], in `dtype`; padding does not count."""
+    ones = torch.ones_like(experts_Mk, dtype=dtype)
     if valid_M is not None:
         ones = ones * valid_M[:, None]
-    counts = torch.zeros(n_experts, dtype=torch.float32, device=experts_Mk.device)
+    counts = torch.zeros(n_experts, dtype=dtype, device=experts_Mk.device)
     return counts.index_add(0, experts_Mk.flatten(), ones.flatten())

@@ -18,8 +18,8 @@ def refusal(
     """Why `torch._grouped_mm` cannot take this call or would be slower; None when it should."""
     if not hasattr(torch, "_grouped_mm"):
         return "this torch has no _grouped_mm"
-    if tracing():
-        return "tracing and functorch transforms take the reference"
+    if tracing() or type(x_ML) is not Tensor:
+        return "tracing, functorch transforms and fake tensors take the reference"
     if x_ML.dtype not in (torch.float32, torch.bfloat16) or up_EFL.dtype != x_ML.dtype or down_ELF.dtype != x_ML.dtype:
         return f"it takes float32 and bfloat16, not {x_ML.dtype} with {up_EFL.dtype}"
     if x_ML.is_meta or any(size * x_ML.element_size() % 16 for size in up_EFL.shape[1:]):

@@ -51,7 +51,7 @@ def ssd(
         chunk_size: Tokens per chunk; changes rounding and speed only.
         use_packages: On CUDA, take the `mamba_ssm` package where it is installed.
     """
-    if use_packages and impl is None and cuda.refusal(x_BTHP) is None:
+    if use_packages and impl is None and cuda.refusal(x_BTHP, dt_BTH, state_BHPN) is None:
         return SSDResult(*cuda.ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, chunk_size, state_BHPN, seq_idx_BT))
     if x_BTHP.shape[1] == 1:
         return SSDResult(*_STEP(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, state_BHPN, impl=impl))
