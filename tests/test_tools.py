@@ -162,3 +162,11 @@ def test_the_import_contracts_bite(tmp_path: Path, case: str) -> None:
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (run.returncode == 0) == kept, run.stdout + run.stderr
     assert "Contracts:" in run.stdout
+
+
+def test_parity_is_within_the_bound() -> None:
+    """README's first figures: the tool runs, and what it prints is below the bound that they are held to."""
+    command = [sys.executable, str(ROOT / "tools" / "parity.py"), "--configurations", "4", "--tokens", "20"]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    single, double = (float(figure) for figure in re.findall(r"float(?:32|64) (\S+?)[, ]", printed + " "))
+    assert 0 < double < 1e-10 < single < 2e-4

@@ -141,7 +141,7 @@ class Loading(PreTrainedModel):
         tensors = dict(self.state_dict() if state_dict is None else state_dict)
         for name in self.all_tied_weights_keys:
             tensors.pop(name, None)
-        views = dict(_hub_views(tensors))
+        views = dict(hub_views(tensors))
         specs = [TensorSpec(name, dtype_name(view.dtype), tuple(view.shape)) for name, view in views.items()]
         write_directory(Path(save_directory), specs, views.__getitem__, max_shard_size=_bytes(max_shard_size))
         self._save_json(Path(save_directory))
@@ -284,7 +284,8 @@ def _check_tie(tied: list[str], source: list[str], read: Read, where: str) -> No
         )
 
 
-def _hub_views(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def hub_views(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """A state dict under the hub's names; stacked experts become one view each."""
     for native, tensor in tensors.items():
         pieces = hub_names(native, tuple(tensor.shape))
         for index, (name, shape) in enumerate(pieces):
