@@ -166,6 +166,8 @@ class NemotronHConfig(PreTrainedConfig):
         model_type = kwargs.pop("model_type", None)
         try:
             config_dict, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except ModelNotFoundError:
+            raise
         except OSError as error:
             raise ModelNotFoundError.of(pretrained_model_name_or_path, error) from error
         config_dict = family.language_model(config_dict)

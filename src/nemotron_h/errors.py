@@ -22,7 +22,9 @@ class ModelNotFoundError(CheckpointError, OSError):
 
     @classmethod
     def of(cls, name: object, error: OSError) -> "ModelNotFoundError":
-        """One line from an error of transformers or the hub client, which have many."""
+        """One line from an error of transformers or the hub client, which have many; ours stay as they are."""
+        if isinstance(error, cls):
+            return error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return cls(f"{name}: {reason}")
 
