@@ -22,7 +22,7 @@ help:
 	@echo "make clean     remove $(VENV) and all caches"
 
 demo: $(INSTALLED)
-	$(BIN)/nemotron-h generate "Elizabeth"
+	$(BIN)/nemotron-h generate "Elizabeth" --seed 1 --ignore-eos
 
 test: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -n $(JOBS)

@@ -178,7 +178,7 @@ def test_update_router_bias() -> None:
     model = tiny_model(hybrid_override_pattern="ME-E", n_group=1, num_nextn_predict_layers=1).train()
     gates = [model.model.layers[i].mixer.gate for i in (1, 3)] + [model.mtp.layers[1].mixer.gate]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    ids, mask = draw_ids(model, 3, 8), torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8, [1, 1, 1, 0, 0, 0, 0, 0]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8, [1, 1, 1, 0, 0, 0, 0, 0]])
     chosen: list[list[Tensor]] = [[], [], []]
     for gate, seen in zip(gates, chosen, strict=True):
         gate.register_forward_hook(lambda _, args, out, seen=seen: seen.append(out.experts[args[1]]))
@@ -187,9 +187,11 @@ def test_update_router_bias() -> None:
         model(ids, attention_mask=mask, labels=ids, num_items_in_batch=1).loss.backward()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), f"{name}: a pass and its gradients move nothing"
+    loads = [torch.bincount(torch.cat(seen).flatten(), minlength=8).double() for seen in chosen]
+    assert [load.sum() for load in loads[:2]] == [2 * 2 * int(mask.sum())] * 2, "padding has no load"
+    assert_close([gate.load_E for gate in gates], loads, "loads")
     model.update_router_bias(0.25)
-    for i, (gate, seen) in enumerate(zip(gates, chosen, strict=True)):
-        counts = torch.bincount(torch.cat(seen).flatten(), minlength=8).double()
+    for i, (gate, counts) in enumerate(zip(gates, loads, strict=True)):
         moved = gate.e_score_correction_bias - before[[n for n in before if n.endswith("correction_bias")][i]]
         assert_close(moved, 0.25 * torch.sign(counts.mean() - counts), f"gate {i}", 1e-6)
         assert moved.max() > 0 > moved.min()

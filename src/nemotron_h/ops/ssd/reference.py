@@ -52,8 +52,8 @@ def chunk_scan(
 ) -> tuple[Tensor, Tensor]:
     """The chunked form. See `nemotron_h.ops.ssd.ssd`."""
     x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H = _wide(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H)
-    batch, tokens, heads, size = x_BTHP.shape
-    groups, length = B_BTGN.shape[2], max(1, min(chunk_size, tokens))
+    tokens, groups = x_BTHP.shape[1], B_BTGN.shape[2]
+    length = max(1, min(chunk_size, tokens))
 
     u_BcSGRP = _chunks(dt_BTH[..., None] * x_BTHP, length).unflatten(3, (groups, -1))
     B_BcSGN, C_BcLGN = _chunks(B_BTGN, length), _chunks(C_BTGN, length)
@@ -77,7 +77,7 @@ def chunk_scan(
 
     # What the state that arrives at a chunk contributes to its tokens.
     y_BcLGRP = y_BcLGRP + torch.einsum("bclgn,bcgrpn,bcgrl->bclgrp", C_BcLGN, arriving_BcGRPN, reach_BcGRL)
-    y_BTHP = y_BcLGRP.reshape(batch, -1, heads, size)[:, :tokens] + D_H[:, None] * x_BTHP
+    y_BTHP = y_BcLGRP.flatten(1, 2).flatten(2, 3)[:, :tokens] + D_H[:, None] * x_BTHP
     return y_BTHP, final_BGRPN.flatten(1, 2)
 
 
