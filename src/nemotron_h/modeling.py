@@ -395,9 +395,10 @@ class NemotronHModel(NemotronHPreTrainedModel):
             x_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
         x_BTD = F.dropout(x_BTD, self.config.hidden_dropout, self.training)
         hidden_states: list[Tensor] = []
-        for block in self.layers if layout.tokens else ():
+        for block in self.layers:
             hidden_states.append(x_BTD)
-            x_BTD = block(x_BTD, layout, past_key_values=cache)
+            if layout.tokens:
+                x_BTD = block(x_BTD, layout, past_key_values=cache)
         x_BTD = self.norm_f(x_BTD).to(self.norm_f.weight.dtype)
         if cache is not None:
             cache.commit(x_BTD.shape[0], layout.tokens, layout.slots_valid_BS)
