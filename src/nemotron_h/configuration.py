@@ -158,7 +158,8 @@ class NemotronHConfig(PreTrainedConfig):
             family.refuse_typo(key)
         if own.get("dtype") == "auto":  # the file's
             del own["dtype"]
-        return super().from_dict(family.override(family.language_model(config_dict), own), **rest)
+        stored = _without_foreign_attention(family.language_model(config_dict))
+        return super().from_dict(family.override(stored, own), **rest)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -315,6 +316,17 @@ def _dtype(value: Any) -> str | None:
 
 def _boolean(value: Any) -> str | None:
     return None if type(value) is bool else "True or False"
+
+
+def _without_foreign_attention(stored: dict[str, Any]) -> dict[str, Any]:
+    """A file's wish for a kernel that we lack, or that would be fetched, is no reason to refuse the checkpoint."""
+    wish = stored.get("attn_implementation")
+    if wish is None or _attention(wish) is None:
+        return stored
+    _warn_once(
+        "attn_implementation", f"attn_implementation={short(wish)} in the config is ignored: sdpa and eager exist"
+    )
+    return {key: value for key, value in stored.items() if key != "attn_implementation"}
 
 
 def _attention(value: Any) -> str | None:

@@ -81,10 +81,6 @@ def test_key_that_reaches_code_does_nothing(key: str, read: Any) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("attn_implementation", "org/kernel"),
-        ("attn_implementation", "flash_attention_2"),
-        ("attn_implementation", {"": "org/kernel"}),
-        ("attn_implementation", ["sdpa"]),
         ("quantization_config", {"quant_method": "mystery"}),
         ("quantization_config", {"quant_method": ["fp8"]}),
         ("quantization_config", {}),
@@ -149,6 +145,20 @@ def test_one_label_is_no_classification(read: Any) -> None:
 @pytest.mark.parametrize("method", ["modelopt", "compressed-tensors", "fp8", "nvfp4"])
 def test_known_quantization_is_kept(method: str, read: Any) -> None:
     assert read({"quantization_config": {"quant_method": method}}).quantization_config == {"quant_method": method}
+
+
+@pytest.mark.parametrize("value", ["org/kernel", "flash_attention_2", {"": "org/kernel"}, ["sdpa"]])
+def test_foreign_attention(value: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file's wish is ignored with one warning; who asks for it in a call is told."""
+    keys = {"attn_implementation": value}
+    for config in (NemotronHConfig.from_pretrained(write_config(tmp_path, keys)), NemotronHConfig.from_dict(keys)):
+        assert config._attn_implementation is None
+        assert "attn_implementation" not in config.to_dict()
+    assert [record.message for record in caplog.records if "ignored" in record.message] == [caplog.records[0].message]
+    with pytest.raises(ConfigError, match="attn_implementation"):
+        NemotronHConfig(**keys)
+    with pytest.raises(ConfigError, match="attn_implementation"):
+        NemotronHConfig.from_pretrained(write_config(tmp_path, {}), **keys)
 
 
 @pytest.mark.parametrize("value", ["eager", "sdpa"])
