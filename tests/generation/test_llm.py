@@ -335,6 +335,13 @@ def test_options_of_later_versions(llm: LLM, name: str) -> None:
         LLM(llm.model, **{name: UNSUPPORTED[name]})
 
 
+def test_one_thread_is_enough_for_a_small_model(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert LLM(llm.model).threads == 1
+    assert LLM(llm.model, threads=2).threads == 2
+    monkeypatch.setattr("nemotron_h.generation.llm._SMALL", 1)
+    assert LLM(llm.model).threads is None
+
+
 @pytest.mark.parametrize("value", [0, -1, 1.5, "2", True, float("inf")])
 @pytest.mark.parametrize("name", ["threads", "max_model_len"])
 def test_unusable_options(llm: LLM, name: str, value: Any) -> None:

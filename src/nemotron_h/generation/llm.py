@@ -29,6 +29,7 @@ Prompt = str | Sequence[int]
 
 # Base checkpoints declare 11 (<|im_end|>, <SPECIAL_11>) and end documents with 2 (</s>); chat ones the other way round.
 FAMILY_STOP_IDS = (2, 11)
+_SMALL = 2**22  # elements of the largest matrix; docs/log.md has the measurement
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class LLM:
         model: Checkpoint directory, hub id, or a `NemotronHForCausalLM`.
         dtype: "auto" keeps the checkpoint's.
         device: Where the model runs.
-        threads: CPU threads while generating; None leaves torch's setting.
+        threads: CPU threads while generating; None is torch's setting, but one for a model too small to gain from more.
         max_model_len: Longest prompt plus text; None is the config's `max_position_embeddings`.
         quantization, speculative, adapters: Not in this version (`UnsupportedError`).
         max_num_seqs, prefix_cache, num_speculative_tokens: Accepted; this engine runs one sequence at a time, without.
@@ -165,7 +166,7 @@ class LLM:
             self.model = NemotronHForCausalLM.from_pretrained(name, dtype=dtype).to(device)
             self._text = Text.load(name)
         self.model.eval()
-        self.threads = threads
+        self.threads = 1 if threads is None and _is_small(self.config) else threads
         self.max_model_len = max_model_len or self.model.config.max_position_embeddings
         self._stats = _Stats()
 
@@ -384,6 +385,11 @@ def _as_list(prompts: Any) -> list[Any]:
     if not prompts:
         raise InputError("the prompt is empty: give a text, a list of token ids, or a list of either")
     return [prompts] if all(type(i) is int for i in prompts) else list(prompts)
+
+
+def _is_small(config: Any) -> bool:
+    """Whether a second thread gains nothing, and its barriers cost much where another process shares the core."""
+    return config.vocab_size * config.hidden_size < _SMALL
 
 
 @contextmanager
