@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
@@ -281,10 +282,21 @@ def _base_fields(config: NemotronHConfig, extras: dict[str, Any]) -> dict[str, A
                 _warn_once(key, f"{key!r} is no field of this config and would act on transformers: it is dropped")
         else:
             if key not in family.INERT:
+                _check_storable(key, value)
                 _warn_once(key, f"unknown field {short(key)} is kept in the config but has no effect")
             continue
         del extras[key]
     return extras
+
+
+def _check_storable(key: str, value: Any) -> None:
+    """An unknown field is kept and saved again, so it must be a JSON value."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"unknown field {short(key)}: its value cannot be written to config.json ({error})"
+        ) from error
 
 
 def _check_extras(extras: dict[str, Any]) -> None:

@@ -218,3 +218,13 @@ def test_num_hidden_layers_follows_the_list() -> None:
     assert (config.layers_block_type, config.hidden_size) == (["attention"], 32)
     with pytest.raises(ConfigError, match="hidden_size=-5"):
         config.update_from_string("hidden_size=-5")
+
+
+def test_unknown_key_must_be_storable() -> None:
+    circle: list[Any] = []
+    circle.append(circle)
+    for value in (3 + 4j, object(), {"a": [b"x"]}, circle, {1j: 2}):
+        for make in (NemotronHConfig.from_dict, lambda keys: NemotronHConfig(**keys)):
+            with pytest.raises(ConfigError, match=r"unknown field 'mine'.*config\.json"):
+                make({"mine": value})
+    assert NemotronHConfig(mine=[1, {"a": None}]).mine == [1, {"a": None}]
