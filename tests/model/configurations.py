@@ -46,7 +46,7 @@ def _model_fields(draw: st.DrawFn) -> dict[str, Any]:
     return {name: draw(st.booleans()) for name in flags} | {
         "vocab_size": draw(st.just(1) | st.integers(2, 40)),
         "hidden_size": draw(st.integers(4, 24)),
-        "layer_norm_epsilon": draw(st.sampled_from([1e-5, 1e-3, 1e-2])),
+        "layer_norm_epsilon": draw(st.sampled_from([1e-6, 1e-5, 1e-3, 1e-2])),
         "hidden_dropout": draw(st.sampled_from([0.0, 0.5])),
         "mlp_hidden_act": draw(st.sampled_from(ACTIVATIONS)),
     }

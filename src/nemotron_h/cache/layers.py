@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from nemotron_h.ops.causal_conv1d import next_window
 from nemotron_h.ops.ssd import ssd
 
 BLOCK = 256  # slots by which the key and value buffers grow
@@ -229,7 +230,7 @@ class MambaLayer(CacheLayer):
             lengths_B = torch.full((step.dt_BTH.shape[0],), kept, device=step.dt_BTH.device)
         else:
             lengths_B = step.valid_BT[:, :kept].sum(-1)
-        self.conv_states = _window(step.window_BCW, step.xBC_BTC, lengths_B, self.conv_states.shape[2])
+        self.conv_states = next_window(step.xBC_BTC, step.window_BCW, self.conv_states.shape[2], lengths_B)
         if kept == 0:
             zero = torch.zeros_like(self.recurrent_states)
             self.recurrent_states = zero if step.state_BHPN is None else step.state_BHPN
@@ -241,16 +242,6 @@ class MambaLayer(CacheLayer):
             step.x_BTHP[:, :kept], dt_BTH, step.A_H, step.B_BTGN[:, :kept], C_BTGN, D_H, CHUNK, step.state_BHPN
         )
         self.recurrent_states = self.at_rest(replayed.final_state)
-
-
-def _window(window_BCW: Tensor | None, xBC_BTC: Tensor, lengths_B: Tensor, width: int) -> Tensor:
-    inputs_BTC = xBC_BTC
-    past_BWC = inputs_BTC.new_zeros(inputs_BTC.shape[0], width, inputs_BTC.shape[2])
-    if window_BCW is not None:
-        past_BWC = window_BCW.transpose(1, 2)
-    index_BW = lengths_B[:, None] + torch.arange(width, device=lengths_B.device)
-    all_BSC = torch.cat([past_BWC, inputs_BTC], dim=1)
-    return all_BSC.gather(1, index_BW[..., None].expand(-1, -1, all_BSC.shape[2])).transpose(1, 2)
 
 
 LAYERS: dict[str, Any] = {

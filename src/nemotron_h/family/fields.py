@@ -220,7 +220,7 @@ _moe = {
         None, integer(1, optional=True), "Width L in which routed experts work, between two projections; None: D."
     ),
     "moe_shared_expert_overlap": Field(
-        True, boolean, "On CUDA run the shared expert beside the routed ones; speed only."
+        True, boolean, "Whether an engine may run the shared expert beside the routed ones; speed only, unused here."
     ),
     "num_experts_per_tok": Field(2, integer(1), "Experts k that each token visits."),
     "routed_scaling_factor": Field(1.0, number(-1e6, 1e6), "Factor of the routed experts' weights."),

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from nemotron_h.ops import dispatch
 from nemotron_h.ops.causal_conv1d import cuda, reference
+from nemotron_h.ops.causal_conv1d.reference import next_window
+
+__all__ = ["ConvResult", "causal_conv1d", "next_window"]
 
 
 class ConvResult(NamedTuple):

@@ -19,9 +19,8 @@ def causal_conv1d(
     seq_idx_BT: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `nemotron_h.ops.causal_conv1d.causal_conv1d`."""
-    (batch, tokens, channels), taps = x_BTC.shape, weight_CK.shape[1]
-    past = x_BTC.new_zeros(batch, taps - 1, channels) if window_BCK is None else window_BCK.transpose(1, 2).to(x_BTC)
-    x_BSC = torch.cat([past, x_BTC], dim=1)
+    tokens, taps = x_BTC.shape[1], weight_CK.shape[1]
+    x_BSC = _with_past(x_BTC, window_BCK, taps - 1)
     dtype = torch.promote_types(x_BTC.dtype, torch.float32)
     wide_BSC, weight_CK = x_BSC.to(dtype), weight_CK.to(dtype)
     y_BTC = torch.zeros_like(x_BTC, dtype=dtype) if bias_C is None else bias_C.to(dtype).expand_as(x_BTC)
@@ -31,6 +30,17 @@ def causal_conv1d(
             term_BTC = torch.where(_same_document(seq_idx_BT, taps - 1 - tap)[..., None], term_BTC, 0)
         y_BTC = y_BTC + term_BTC
     return by_name(activation)(y_BTC).to(x_BTC.dtype), _last_inputs(x_BSC, taps - 1, tokens, lengths_B)
+
+
+def next_window(x_BTC: Tensor, window_BCK: Tensor | None, width: int, lengths_B: Tensor | None) -> Tensor:
+    """The last `width` inputs up to the end of each row, [B, C, width], without the convolution."""
+    return _last_inputs(_with_past(x_BTC, window_BCK, width), width, x_BTC.shape[1], lengths_B)
+
+
+def _with_past(x_BTC: Tensor, window_BCK: Tensor | None, width: int) -> Tensor:
+    batch, _, channels = x_BTC.shape
+    past = x_BTC.new_zeros(batch, width, channels) if window_BCK is None else window_BCK.transpose(1, 2).to(x_BTC)
+    return torch.cat([past, x_BTC], dim=1)
 
 
 def _same_document(seq_idx_BT: Tensor, distance: int) -> Tensor:

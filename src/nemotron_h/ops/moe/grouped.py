@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nemotron_h.ops.activations import activation as by_name
+from nemotron_h.ops.moe.combine import weighted_sum
 from nemotron_h.ops.tracing import tracing
 
 _MIN_VISITS = 32  # below, the sort costs more than it saves
@@ -51,7 +52,5 @@ def experts(
     y_VL = torch._grouped_mm(by_name(activation)(h_VF), down_ELF.transpose(1, 2), offs=ends_E)
     if down_bias_EL is not None:
         y_VL = y_VL + down_bias_EL[sorted_V]
-    dtype = torch.promote_types(y_VL.dtype, torch.float32)
-    weighted_VL = weights_Mk.flatten()[order_V].to(dtype)[:, None] * y_VL.to(dtype)
-    in_token_order = torch.zeros_like(weighted_VL).index_copy(0, order_V, weighted_VL)
-    return in_token_order.unflatten(0, experts_Mk.shape).sum(1).to(x_ML.dtype)
+    in_token_order = torch.zeros_like(y_VL).index_copy(0, order_V, y_VL)
+    return weighted_sum(in_token_order, weights_Mk).to(x_ML.dtype)

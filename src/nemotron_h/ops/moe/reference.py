@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nemotron_h.ops.activations import activation as by_name
+from nemotron_h.ops.moe.combine import weighted_sum
 
 
 def experts(
@@ -37,13 +38,6 @@ def experts(
     if down_bias_EL is not None:
         y_nbL = y_nbL + down_bias_EL[expert_n, None]
     return weighted_sum(y_nbL.flatten(0, 1)[slot_V], weights_Mk).to(x_ML.dtype)
-
-
-def weighted_sum(y_VL: Tensor, weights_Mk: Tensor) -> Tensor:
-    """`Σ_k w·y` of visits in token order, in float32."""
-    y_MkL = y_VL.unflatten(0, weights_Mk.shape)
-    dtype = torch.promote_types(y_VL.dtype, torch.float32)
-    return (weights_Mk.to(dtype)[..., None] * y_MkL.to(dtype)).sum(1)
 
 
 def _blocks(expert_V: Tensor, n_experts: int) -> tuple[Tensor, Tensor, int]:

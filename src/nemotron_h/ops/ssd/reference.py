@@ -102,7 +102,7 @@ def _decay(dA_BcGRL: Tensor, doc_BcL: Tensor | None) -> Tensor:
     """`exp(sum of dA over (s, l])` for s <= l, zero above the diagonal and across documents.
 
     The sums are formed one by one instead of as differences of one cumulative sum: differences cancel where |cumsum| is
-    large, an error of 1e-5 in float32 at dt = 1.
+    large, an error of up to 3e-5 in float32 instead of 5e-8 (64 heads, chunk 128).
     """
     length = dA_BcGRL.shape[-1]
     lower = torch.ones(length, length, dtype=torch.bool, device=dA_BcGRL.device).tril()
