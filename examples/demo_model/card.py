@@ -1,9 +1,10 @@
 """The shipped model's card (README.md) and the picture of its loss curve."""
 
 import json
-import os
 import sys
 from pathlib import Path
+
+import torch
 
 import data
 from nemotron_h import NemotronHConfig, family
@@ -29,8 +30,8 @@ It was trained and scored on rows of {length} tokens; longer texts are untested.
 their time, WordNet and Python's documentation those of their authors; nothing was filtered.
 
 ## Training
-{tokens:,} tokens in {minutes:.0f} minutes on {cores} CPU cores, by `examples/demo_model/train.py`: AdamW, next-token
-loss and 0.3 times the multi-token prediction loss, experts balanced by the router's bias. The corpus has
+{tokens:,} tokens in {minutes:.0f} minutes with {threads} CPU thread(s), by `examples/demo_model/train.py`: AdamW, next
+token loss and 0.3 times the multi-token prediction loss, experts balanced by the router's bias. The corpus has
 {corpus_tokens:,} tokens.
 
 | source | held-out bits per byte | held-out bytes | license of the text |
@@ -75,7 +76,7 @@ def write(
         length=length,
         tokens=tokens_seen,
         minutes=seconds / 60,
-        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
         corpus_tokens=len(corpus.train.token_ids),
         table=table,
     )
