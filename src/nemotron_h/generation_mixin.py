@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from nemotron_h.cache import NemotronHHybridDynamicCache
+from nemotron_h.drafting import MTPCandidateGenerator
 from nemotron_h.errors import InputError, UnsupportedError
 
 logger = logging.getLogger("nemotron_h")
@@ -57,6 +58,25 @@ class NemotronHGenerationMixin(GenerationMixin):
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
 
+    def _assisted_decoding(self: Any, input_ids: Tensor, *args: Any, generation_config: Any, **kwargs: Any) -> Any:
+        """As transformers', also behind a filled cache: there it would have the model read the cached tokens again."""
+        cache, mask_BT = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        past, given = 0 if cache is None else cache.get_seq_length(), input_ids.shape[1]
+        width = generation_config._mask_length if mask_BT is None else mask_BT.shape[1]
+        if width == given > past > 0:  # the whole text: a mask says so to prepare_inputs_for_generation
+            kwargs["attention_mask"] = torch.ones_like(input_ids) if mask_BT is None else mask_BT
+        elif past and mask_BT is not None:  # new tokens only; the cache knows the padding before them
+            if not bool(mask_BT[:, -given:].all()):
+                raise UnsupportedError("assisted decoding behind a filled cache needs new tokens without padding")
+            kwargs["attention_mask"] = None
+        return _base._assisted_decoding(self, input_ids, *args, generation_config=generation_config, **kwargs)
+
+    def _get_candidate_generator(self: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """`use_mtp=True` drafts with our MTP head; transformers' own is made for another kind."""
+        if not generation_config.use_mtp or generation_config.prompt_lookup_num_tokens is not None:
+            return _base._get_candidate_generator(self, generation_config, *args, **kwargs)
+        return MTPCandidateGenerator(self, generation_config, kwargs["logits_processor"], kwargs["model_kwargs"])
+
     def prepare_inputs_for_generation(
         self: Any,
         input_ids: Tensor,
@@ -69,6 +89,10 @@ class NemotronHGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """As transformers', except for the prompt's logits: `config.num_logits_to_keep` of them, and with right
         padding those of each row's last real token."""
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        whole = attention_mask is not None and attention_mask.shape[1] == input_ids.shape[1] > past > 0
+        if is_first_iteration and next_sequence_length is None and whole:
+            next_sequence_length = input_ids.shape[1] - past  # see _assisted_decoding
         inputs = _base.prepare_inputs_for_generation(
             self,
             input_ids,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class Options(NamedTuple):
     """What a call wants returned; unset values are the config's."""
 
     return_dict: bool
-    hidden_states: bool
+    hidden_states: Literal["none", "last", "all"]
     router_logits: bool
     mtp_depths: int
     mtp_shown: int
@@ -150,12 +150,19 @@ def _options(config: NemotronHConfig, kwargs: Mapping[str, Any], has_labels: boo
     depths, shown = _mtp_depths(config, kwargs.get("output_mtp_logits"), has_labels)
     return Options(
         return_dict=choose("return_dict", config.return_dict),
-        hidden_states=choose("output_hidden_states", config.output_hidden_states),
+        hidden_states=_hidden_states(kwargs.get("output_hidden_states"), config),
         router_logits=choose("output_router_logits", config.output_router_logits),
         mtp_depths=depths,
         mtp_shown=shown,
         num_items=kwargs.get("num_items_in_batch"),
     )
+
+
+def _hidden_states(asked: Any, config: NemotronHConfig) -> Literal["none", "last", "all"]:
+    asked = config.output_hidden_states if asked is None else asked
+    if type(asked) is int and asked == -1:  # transformers' speculative decoding asks for the last layer in this way
+        return "last"
+    return "all" if asked else "none"
 
 
 def _mtp_depths(config: NemotronHConfig, asked: Any, has_labels: bool) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nemotron_h import cache as caches
 from nemotron_h import family, losses
-from nemotron_h.cache import CacheLayer, NemotronHHybridDynamicCache
+from nemotron_h.cache import CacheLayer, DepthCache, NemotronHHybridDynamicCache
 from nemotron_h.configuration import NemotronHConfig
 from nemotron_h.errors import ConfigError, InputError
 from nemotron_h.family import BlockType, Layer
@@ -124,13 +124,15 @@ class NemotronHMamba2Mixer(nn.Module):
             dt_BTH = torch.where(valid_BT[..., None], dt_BTH, 0)
         A_H = -torch.exp(self.A_log.to(dt_BTH.dtype))
 
+        start = 0 if cache is None else cache.unrecorded(layout)
         scan = ssd(
             x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, self.D, self.chunk_size, state_BHPN, seq_idx_BT,
-            use_packages=self.use_packages,
+            split=start, use_packages=self.use_packages,
         )  # fmt: skip
         if cache is not None:
             cache.update(conv.window, cache.at_rest(scan.final_state))
-            cache.record(caches.Step(window_BCW, state_BHPN, xBC_BTC, x_BTHP, dt_BTH, A_H, B_BTGN, layout.valid_BT))
+            step = caches.Step(xBC_BTC, x_BTHP, dt_BTH, A_H, B_BTGN, layout.valid_BT)
+            cache.record(step, start, scan.split_state)
         if layout.recorder is not None and layout.recorder.ssm_states is not None:
             layout.recorder.ssm_states[self.layer_idx] = scan.final_state
         y_BTI = layout.expand(scan.output.flatten(2))
@@ -335,7 +337,10 @@ class NemotronHBlock(GradientCheckpointingLayer):
         self.mixer = MIXERS[sizes.block_type](config, sizes, layer_idx)
 
     def forward(
-        self, hidden_states: Tensor, layout: Layout, past_key_values: NemotronHHybridDynamicCache | None = None
+        self,
+        hidden_states: Tensor,
+        layout: Layout,
+        past_key_values: NemotronHHybridDynamicCache | DepthCache | None = None,
     ) -> Tensor:
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         normed = self.norm(hidden_states).to(self.norm.weight.dtype)
@@ -379,8 +384,8 @@ class NemotronHModel(NemotronHPreTrainedModel):
                 packed document. `seq_idx` [B, T] or `cu_seq_lens_q` [documents + 1] say the same.
             past_key_values: Cache to continue from and to extend.
             use_cache: Return a cache. Default: `config.use_cache`, but not in training and not for packed rows.
-            kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `output_ssm_states`,
-                `return_dict`.
+            kwargs: `output_hidden_states` (-1: only the last ones), `output_attentions`, `output_router_logits`,
+                `output_ssm_states`, `return_dict`.
 
         Raises:
             InputError: shapes, ids or combinations that mean nothing. CacheError: a foreign cache.
@@ -396,7 +401,8 @@ class NemotronHModel(NemotronHPreTrainedModel):
         x_BTD = F.dropout(x_BTD, self.config.hidden_dropout, self.training)
         hidden_states: list[Tensor] = []
         for block in self.layers:
-            hidden_states.append(x_BTD)
+            if options.hidden_states == "all":
+                hidden_states.append(x_BTD)
             if layout.tokens:
                 x_BTD = block(x_BTD, layout, past_key_values=cache)
         x_BTD = self.norm_f(x_BTD).to(self.norm_f.weight.dtype)
@@ -407,7 +413,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
         output = NemotronHModelOutput(
             last_hidden_state=x_BTD,
             past_key_values=cache,
-            hidden_states=(*hidden_states, x_BTD) if options.hidden_states else None,
+            hidden_states=None if options.hidden_states == "none" else (*hidden_states, x_BTD),
             attentions=ordered(seen.attentions),
             router_logits=seen.router_logits() if options.router_logits else None,
             ssm_states=ordered(seen.ssm_states),
@@ -451,20 +457,28 @@ class NemotronHMTP(nn.Module):
         # A token's successors are the next real ones.
         hidden_BTD, embeds_BTD, compacted = layout.compact(hidden_BTD), layout.compact(embeds_BTD), layout.compacted()
         for depth in range(1, depths + 1):
-            head, rest = min(depth, self.heads) - 1, max(0, layout.tokens - depth)
-            hidden_BTD = self._depth(head, hidden_BTD[:, :rest], embeds_BTD[:, depth:], compacted)
+            rest = max(0, layout.tokens - depth)
+            shorter = compacted.first(rest)
+            hidden_BTD = self._run(depth, hidden_BTD[:, :rest], embeds_BTD[:, depth:], shorter)
             outputs.append(layout.expand(hidden_BTD))
         return outputs
 
-    def _depth(self, head: int, hidden_BTD: Tensor, embeds_BTD: Tensor, layout: Layout) -> Tensor:
+    def extend(self, depth: int, hidden_BTD: Tensor, embeds_BTD: Tensor, cache: DepthCache) -> Tensor:
+        """Depth `depth` [B, T, D] for the tokens behind those in `cache`, from the depth before it at these positions
+        and the embeddings of the tokens `depth` places further."""
+        return self._run(depth, hidden_BTD, embeds_BTD, Layout(hidden_BTD.shape[1], cache.length), cache)
+
+    def _run(
+        self, depth: int, hidden_BTD: Tensor, embeds_BTD: Tensor, layout: Layout, cache: DepthCache | None = None
+    ) -> Tensor:
         if hidden_BTD.shape[1] == 0:
             return hidden_BTD
-        blocks = cast("list[NemotronHMTPBlock]", list(self.layers[head * self.blocks : (head + 1) * self.blocks]))
+        first = (min(depth, self.heads) - 1) * self.blocks
+        blocks = cast("list[NemotronHMTPBlock]", list(self.layers[first : first + self.blocks]))
         joined = torch.cat([blocks[0].enorm(embeds_BTD), blocks[0].hnorm(hidden_BTD)], dim=-1)
         u_BTD = blocks[0].eh_proj(joined)
-        shorter = layout.first(hidden_BTD.shape[1])
         for block in blocks:
-            u_BTD = block(u_BTD, shorter)
+            u_BTD = block(u_BTD, layout, past_key_values=cache)
         return blocks[-1].final_layernorm(u_BTD)
 
 
@@ -522,12 +536,14 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
             input_ids, inputs_embeds, prepared=prepared._replace(options=options._replace(return_dict=True))
         )
         hidden_BTD = trunk.last_hidden_state
-        logits_BTV = self._logits(keep_positions(hidden_BTD, logits_to_keep))
+        logits_BTV = self.logits_of(keep_positions(hidden_BTD, logits_to_keep))
 
         mtp_logits = None
         if self.mtp is not None and options.mtp_depths:
             embeds_BTD = self.model.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-            mtp_logits = [self._logits(h_BTD) for h_BTD in self.mtp(hidden_BTD, embeds_BTD, layout, options.mtp_depths)]
+            mtp_logits = [
+                self.logits_of(h_BTD) for h_BTD in self.mtp(hidden_BTD, embeds_BTD, layout, options.mtp_depths)
+            ]
 
         terms = {} if labels is None else self._losses(logits_BTV, mtp_logits, labels, layout, options.num_items)
         output = NemotronHCausalLMOutput(
@@ -542,7 +558,8 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
         )
         return output if options.return_dict else output.to_tuple()
 
-    def _logits(self, hidden_BTD: Tensor) -> Tensor:
+    def logits_of(self, hidden_BTD: Tensor) -> Tensor:
+        """`lm_head` of hidden states behind the final norm, in float32 (float64 in a float64 model)."""
         logits_BTV = self.lm_head(hidden_BTD)
         return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import CacheLayerMixin
+from transformers.generation.candidate_generator import CandidateGenerator, MTPCandidateGenerator
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
@@ -35,6 +36,18 @@ SIGNATURES: dict[tuple[Any, str], str] = {
     (PreTrainedModel, "post_init"): "self",
     (GenerationMixin, "_prepare_cache_for_generation"): (
         "self generation_config model_kwargs generation_mode batch_size max_cache_length"
+    ),
+    (GenerationMixin, "_assisted_decoding"): (
+        "self input_ids logits_processor stopping_criteria generation_config synced_gpus streamer inputs_tensor"
+        " assistant_model assistant_tokenizer tokenizer model_kwargs"
+    ),
+    (GenerationMixin, "_get_candidate_generator"): (
+        "self generation_config input_ids inputs_tensor logits_processor model_kwargs assistant_model"
+        " target_tokenizer assistant_tokenizer"
+    ),
+    (CandidateGenerator, "update_candidate_strategy"): "self input_ids scores num_matches",
+    (MTPCandidateGenerator, "get_candidates"): (
+        "self input_ids model_kwargs model_outputs is_first_iteration n_last_matches kwargs"
     ),
     # The last one must be called kwargs: assisted decoding looks for a parameter of that name.
     (GenerationMixin, "prepare_inputs_for_generation"): (

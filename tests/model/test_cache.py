@@ -12,8 +12,9 @@ from torch import Tensor
 
 from helpers import BIASED, assert_close, draw_ids, tiny_config, tiny_model
 from nemotron_h import NemotronHForCausalLM, NemotronHHybridDynamicCache
-from nemotron_h.cache import BLOCK, JOURNAL
+from nemotron_h.cache import BLOCK, JOURNAL, journal
 from nemotron_h.errors import CacheError
+from nemotron_h.ops.ssd import ssd
 
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 1, 1, 1], [1, 1, 0, 0, 1, 0, 0, 0, 1, 1], [1] * 10])
 
@@ -111,9 +112,9 @@ def test_history_is_bounded_and_ends_at_a_crop() -> None:
     model = tiny_model(hybrid_override_pattern="M*M")
     ids = draw_ids(model, 1, 2 * JOURNAL)
     kept = fill(model, ids, None, [1] * (2 * JOURNAL), recorded_from=0)
-    assert all(len(layer.journal) <= JOURNAL + 1 for layer in kept.layers if hasattr(layer, "journal"))
+    assert [layer.journal.slots for layer in kept.layers if hasattr(layer, "journal")] == [JOURNAL] * 2
     with pytest.raises(CacheError):
-        kept.crop(-JOURNAL - 2)
+        kept.crop(-JOURNAL - 1)
     kept.crop(-JOURNAL)
     assert_same(kept, fill(model, ids[:, :JOURNAL]))
     with pytest.raises(CacheError):
@@ -261,3 +262,53 @@ def test_deepcopy_is_independent() -> None:
     assert_same(twin, fill(model, ids, MASK))
     kept.crop(-2)
     assert_same(twin, fill(model, ids, MASK))
+
+
+@pytest.mark.parametrize("tokens", [JOURNAL, JOURNAL + 1, 3 * JOURNAL])
+@torch.no_grad()
+def test_long_prompt_is_not_scanned_again(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taking tokens back runs the kept ones of the journal again, without any module of the model."""
+    model = tiny_model(hybrid_override_pattern="ME*M")
+    ids, scanned = draw_ids(model, 2, tokens), []
+    kept = fill(model, ids, recorded_from=0)
+    for layer in (0, 3):
+        assert kept.layers[layer].journal.slots == JOURNAL
+    monkeypatch.setattr(journal, "ssd", lambda x, *args: (scanned.append(x.shape[1]), ssd(x, *args))[1])
+    handles = [module.register_forward_hook(lambda *_: pytest.fail("a module ran")) for module in model.modules()]
+    kept.crop(-5)
+    for handle in handles:
+        handle.remove()
+    assert scanned == [JOURNAL - 5] * 2
+    assert_same(kept, fill(model, ids[:, : tokens - 5]))
+
+
+@torch.no_grad()
+def test_accepted_tokens_alone_are_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in speculative decoding: a verified step of 6 tokens of which 3 stay."""
+    model = tiny_model(hybrid_override_pattern="M*M")
+    ids, scanned = draw_ids(model, 1, 20), []
+    kept = fill(model, ids[:, :14], recorded_from=0)
+    kept.crop(0)
+    model(ids[:, 14:], past_key_values=kept)
+    monkeypatch.setattr(journal, "ssd", lambda x, *args: (scanned.append(x.shape[1]), ssd(x, *args))[1])
+    kept.crop(-3)
+    assert scanned == [3] * 2
+    assert_same(kept, fill(model, ids[:, :17]))
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    values = vars(value).values() if hasattr(value, "__dict__") else value if isinstance(value, list | tuple) else []
+    return [tensor for item in values for tensor in tensors_of(item)]
+
+
+@pytest.mark.parametrize("recorded_from", [None, 0])
+@torch.no_grad()
+def test_cache_of_a_long_prompt_keeps_no_pass_alive(recorded_from: int | None) -> None:
+    model, tokens = tiny_model(hybrid_override_pattern="MM"), 8 * JOURNAL
+    kept = fill(model, draw_ids(model, 1, tokens), recorded_from=recorded_from)
+    held = [t.untyped_storage().nbytes() for layer in kept.layers for t in tensors_of(layer)]
+    channels = model.model.layers[0].mixer.conv_dim
+    assert len(held) >= 4
+    assert max(held) < tokens // 2 * channels * 4

@@ -1,7 +1,9 @@
 """What a model remembers between passes: `NemotronHHybridDynamicCache` and the layers it is made of."""
 
+from nemotron_h.cache.depth import DepthCache
 from nemotron_h.cache.hybrid import NemotronHHybridDynamicCache
-from nemotron_h.cache.layers import BLOCK, JOURNAL, LAYERS, AttentionLayer, CacheLayer, MambaLayer, Step
+from nemotron_h.cache.journal import JOURNAL, Step
+from nemotron_h.cache.layers import BLOCK, LAYERS, AttentionLayer, CacheLayer, MambaLayer
 
 __all__ = [
     "BLOCK",
@@ -9,6 +11,7 @@ __all__ = [
     "LAYERS",
     "AttentionLayer",
     "CacheLayer",
+    "DepthCache",
     "MambaLayer",
     "NemotronHHybridDynamicCache",
     "Step",

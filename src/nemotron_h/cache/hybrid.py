@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import Cache, DynamicCache
 
-from nemotron_h.cache.layers import LAYERS, AttentionLayer, CacheLayer, MambaLayer
+from nemotron_h.cache.layers import AttentionLayer, CacheLayer, MambaLayer, layers_of
 from nemotron_h.configuration import NemotronHConfig
 from nemotron_h.errors import CacheError
 
@@ -61,8 +61,7 @@ class NemotronHHybridDynamicCache(Cache):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        types = config.layers_block_type
-        super().__init__(layers=[LAYERS.get(t, lambda _: CacheLayer())(config) for t in types])  # type: ignore[arg-type]
+        super().__init__(layers=layers_of(config.layers_block_type, config))  # type: ignore[arg-type]
         self.length = 0
         self.slots_valid_BS: Tensor | None = None
         self._batch: int | None = None

@@ -5,18 +5,19 @@ Letters: B batch · T tokens · K key/value heads · d head size · C conv chann
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from nemotron_h.cache.journal import JOURNAL, Journal, Step
+from nemotron_h.configuration import NemotronHConfig
+from nemotron_h.layout import Layout
 from nemotron_h.ops.causal_conv1d import next_window
-from nemotron_h.ops.ssd import ssd
 
 BLOCK = 256  # slots by which the key and value buffers grow
-JOURNAL = 64  # tokens that a recording cache can always take back
-CHUNK = 128  # tokens of a chunk when some are run again
 
 
 class CacheLayer(CacheLayerMixin):
@@ -144,28 +145,10 @@ class AttentionLayer(CacheLayer):
         return self.length
 
 
-class Step(NamedTuple):
-    """What one pass fed to a Mamba layer: enough to run a prefix of it again. Rows are compacted (Layout.compact)."""
-
-    window_BCW: Tensor | None
-    state_BHPN: Tensor | None
-    xBC_BTC: Tensor
-    x_BTHP: Tensor
-    dt_BTH: Tensor
-    A_H: Tensor
-    B_BTGN: Tensor
-    valid_BT: Tensor | None  # of the pass's slots, not compacted
-
-    def map_batch(self, change: Any) -> Step:
-        batched = {name: change(t) for name, t in self._asdict().items() if t is not None and name != "A_H"}
-        return self._replace(**batched)
-
-
 class MambaLayer(CacheLayer):
     """Last W inputs of the convolution [B, C, W] and the SSM state [B, H, P, N].
 
-    A recording layer also keeps a journal of the passes since the last `crop`, so that tokens can be taken back by
-    running the kept ones of that pass again from the state before it.
+    A recording layer also keeps a journal of the passes since the last `crop`, so that tokens can be taken back.
     """
 
     names = ("conv_states", "recurrent_states")
@@ -174,8 +157,9 @@ class MambaLayer(CacheLayer):
         super().__init__()
         self.state_dtype = dtype
         self.record_past = False
-        self.journal: list[Step] = []
+        self.journal: Journal | None = None
         self._pending_step: Step | None = None
+        self._pending_journal: Journal | None = None
 
     @property
     def is_croppable(self) -> bool:
@@ -189,59 +173,57 @@ class MambaLayer(CacheLayer):
         wide = state_BHPN.dtype == torch.float64 and self.state_dtype == torch.float32
         return state_BHPN if wide else state_BHPN.to(self.state_dtype)
 
-    def record(self, step: Step) -> None:
-        if self.record_past:
-            self._pending_step = step
+    def unrecorded(self, layout: Layout) -> int:
+        """Tokens at the front of a long pass that need not be taken back: the caller scans them by themselves, so that
+        the journal starts behind them. None of a padded pass, whose rows end at different tokens."""
+        return max(0, layout.tokens - JOURNAL) if self.record_past and layout.valid_BT is None else 0
+
+    def record(self, step: Step, start: int, state_BHPN: Tensor | None) -> None:
+        """Hand over what this pass fed to the recurrence; the journal may begin at its token `start`, before which the
+        state was `state_BHPN`."""
+        if not self.record_past:
+            return
+        if start:
+            front_BC = step.xBC_BTC[:, :start]
+            assert self.pending is not None  # `update` comes first
+            window_BCW = next_window(front_BC, self.conv_states, self.pending[0].shape[2], None)
+            self._pending_journal = Journal(window_BCW, state_BHPN, self.at_rest)
+            step = step.tail(start)
+        self._pending_step = step
 
     def commit(self, slots: int) -> None:
+        before = self.conv_states, self.recurrent_states
         super().commit(slots)
         if self._pending_step is not None:
-            self.journal.append(self._pending_step)
-            self._pending_step = None
-        while len(self.journal) > 1 and sum(s.dt_BTH.shape[1] for s in self.journal[1:]) >= JOURNAL:
-            del self.journal[0]
+            if self._pending_journal is not None:
+                self.journal = self._pending_journal
+            if self.journal is None:
+                self.journal = Journal(*before, self.at_rest)
+            self.journal.append(self._pending_step, self.conv_states.shape[2])
+        self._pending_step = self._pending_journal = None
 
     def map_batch(self, change: Any) -> None:
         super().map_batch(change)
-        self.journal = [step.map_batch(change) for step in self.journal]
+        if self.journal is not None:
+            self.journal.map_batch(change)
 
     def reset(self) -> None:
         super().reset()
-        self.journal, self._pending_step = [], None
+        self.journal = self._pending_step = self._pending_journal = None
 
     def take_back(self, slots: int, length: int) -> None:
         if slots >= length:
             self.reset()
-        elif self.recurrent_states is not None and slots > 0:
-            self._replay(slots)
-        self.journal.clear()
+        elif self.journal is not None and slots > 0:
+            window_BCW, state_BHPN = self.journal.take_back(slots, self.conv_states.shape[2])
+            zero = torch.zeros_like
+            self.conv_states = zero(self.conv_states) if window_BCW is None else window_BCW
+            self.recurrent_states = zero(self.recurrent_states) if state_BHPN is None else state_BHPN
+        self.journal = None
 
     def can_take_back(self, slots: int, length: int) -> bool:
-        recorded = sum(step.dt_BTH.shape[1] for step in self.journal)
+        recorded = 0 if self.journal is None else self.journal.slots
         return slots == 0 or slots >= length or self.recurrent_states is None or slots <= recorded
-
-    def _replay(self, slots: int) -> None:
-        step = self.journal.pop()
-        while slots > step.dt_BTH.shape[1]:
-            slots -= step.dt_BTH.shape[1]
-            step = self.journal.pop()
-        kept = step.dt_BTH.shape[1] - slots
-        if step.valid_BT is None:
-            lengths_B = torch.full((step.dt_BTH.shape[0],), kept, device=step.dt_BTH.device)
-        else:
-            lengths_B = step.valid_BT[:, :kept].sum(-1)
-        self.conv_states = next_window(step.xBC_BTC, step.window_BCW, self.conv_states.shape[2], lengths_B)
-        if kept == 0:
-            zero = torch.zeros_like(self.recurrent_states)
-            self.recurrent_states = zero if step.state_BHPN is None else step.state_BHPN
-            return
-        real_BT = torch.arange(kept, device=lengths_B.device) < lengths_B[:, None]
-        dt_BTH = torch.where(real_BT[..., None], step.dt_BTH[:, :kept], 0)
-        D_H, C_BTGN = torch.zeros_like(step.A_H), torch.zeros_like(step.B_BTGN[:, :kept])
-        replayed = ssd(
-            step.x_BTHP[:, :kept], dt_BTH, step.A_H, step.B_BTGN[:, :kept], C_BTGN, D_H, CHUNK, step.state_BHPN
-        )
-        self.recurrent_states = self.at_rest(replayed.final_state)
 
 
 LAYERS: dict[str, Any] = {
@@ -249,3 +231,8 @@ LAYERS: dict[str, Any] = {
     "attention": lambda config: AttentionLayer(),
 }
 """Block type to cache layer; block types that are not listed keep no state."""
+
+
+def layers_of(types: Sequence[str], config: NemotronHConfig) -> list[CacheLayer]:
+    """A layer for each block type."""
+    return [LAYERS.get(name, lambda _: CacheLayer())(config) for name in types]

@@ -51,7 +51,7 @@ def _same_document(seq_idx_BT: Tensor, distance: int) -> Tensor:
 
 
 def _last_inputs(x_BSC: Tensor, width: int, tokens: int, lengths_B: Tensor | None) -> Tensor:
-    if lengths_B is None:
-        return x_BSC[:, tokens : tokens + width].transpose(1, 2)
+    if lengths_B is None:  # copied: a cache that keeps the window must not keep the whole pass
+        return x_BSC[:, tokens : tokens + width].transpose(1, 2).contiguous()
     index_BK = lengths_B[:, None] + torch.arange(width, device=x_BSC.device)
     return x_BSC.gather(1, index_BK[..., None].expand(-1, -1, x_BSC.shape[2])).transpose(1, 2)

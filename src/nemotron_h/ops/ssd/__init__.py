@@ -5,6 +5,7 @@ Letters: B batch · T tokens · H heads · P head size · G groups · N state si
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from nemotron_h.ops import dispatch
@@ -15,10 +16,12 @@ __all__ = ["SSDResult", "ssd", "time_step"]
 
 
 class SSDResult(NamedTuple):
-    """`output` [B, T, H, P] and `final_state` [B, H, P, N], both float32 (float64 in a float64 model)."""
+    """`output` [B, T, H, P], `final_state` [B, H, P, N] and, where a split was asked for, the state there [B, H, P, N];
+    all float32 (float64 in a float64 model)."""
 
     output: Tensor
     final_state: Tensor
+    split_state: Tensor | None = None
 
 
 _CHUNK_SCAN = dispatch.register("ssd_chunk_scan", reference.chunk_scan)
@@ -36,6 +39,7 @@ def ssd(
     state_BHPN: Tensor | None = None,
     seq_idx_BT: Tensor | None = None,
     *,
+    split: int = 0,
     use_packages: bool = False,
     impl: str | None = None,
 ) -> SSDResult:
@@ -49,8 +53,21 @@ def ssd(
         state_BHPN: State before the first token; None is zero.
         seq_idx_BT: Document of each token, ascending; each starts from a zero state, the first from `state_BHPN`.
         chunk_size: Tokens per chunk; changes rounding and speed only.
+        split: Also return the state in front of this token (of unpacked rows); the tokens on its two sides are scanned
+            one after the other, which changes rounding only.
         use_packages: On CUDA, take the `mamba_ssm` package where it is installed.
     """
+    if split:
+
+        def piece(tokens: slice, state_BHPN: Tensor | None) -> SSDResult:
+            return ssd(
+                x_BTHP[:, tokens], dt_BTH[:, tokens], A_H, B_BTGN[:, tokens], C_BTGN[:, tokens], D_H, chunk_size,
+                state_BHPN, use_packages=use_packages, impl=impl,
+            )  # fmt: skip
+
+        front = piece(slice(split), state_BHPN)
+        rest = piece(slice(split, None), front.final_state)
+        return SSDResult(torch.cat([front.output, rest.output], dim=1), rest.final_state, front.final_state)
     if use_packages and impl is None and cuda.refusal(x_BTHP, dt_BTH, state_BHPN) is None:
         return SSDResult(*cuda.ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, chunk_size, state_BHPN, seq_idx_BT))
     if x_BTHP.shape[1] == 1:
