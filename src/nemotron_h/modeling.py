@@ -34,7 +34,7 @@ from nemotron_h.ops.causal_conv1d import ConvResult, causal_conv1d
 from nemotron_h.ops.moe import experts, load
 from nemotron_h.ops.norm import gated_rms_norm, rms_norm
 from nemotron_h.ops.router import Routing, route
-from nemotron_h.ops.ssd import ssd, time_step
+from nemotron_h.ops.ssd import ssd_in_two, time_step
 from nemotron_h.outputs import NemotronHCausalLMOutput, NemotronHModelOutput
 from nemotron_h.pretrained import NemotronHPreTrainedModel
 
@@ -125,14 +125,14 @@ class NemotronHMamba2Mixer(nn.Module):
         A_H = -torch.exp(self.A_log.to(dt_BTH.dtype))
 
         start = 0 if cache is None else cache.unrecorded(layout)
-        scan = ssd(
-            x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, self.D, self.chunk_size, state_BHPN, seq_idx_BT,
-            split=start, use_packages=self.use_packages,
+        scan, start_BHPN = ssd_in_two(
+            start, x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, self.D, self.chunk_size, state_BHPN, seq_idx_BT,
+            use_packages=self.use_packages,
         )  # fmt: skip
         if cache is not None:
             cache.update(conv.window, cache.at_rest(scan.final_state))
             step = caches.Step(xBC_BTC, x_BTHP, dt_BTH, A_H, B_BTGN, layout.valid_BT)
-            cache.record(step, start, scan.split_state)
+            cache.record(step, start, start_BHPN)
         if layout.recorder is not None and layout.recorder.ssm_states is not None:
             layout.recorder.ssm_states[self.layer_idx] = scan.final_state
         y_BTI = layout.expand(scan.output.flatten(2))

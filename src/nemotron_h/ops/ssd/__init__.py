@@ -12,16 +12,14 @@ from nemotron_h.ops import dispatch
 from nemotron_h.ops.ssd import cuda, reference
 from nemotron_h.ops.ssd.reference import time_step
 
-__all__ = ["SSDResult", "ssd", "time_step"]
+__all__ = ["SSDResult", "ssd", "ssd_in_two", "time_step"]
 
 
 class SSDResult(NamedTuple):
-    """`output` [B, T, H, P], `final_state` [B, H, P, N] and, where a split was asked for, the state there [B, H, P, N];
-    all float32 (float64 in a float64 model)."""
+    """`output` [B, T, H, P] and `final_state` [B, H, P, N], both float32 (float64 in a float64 model)."""
 
     output: Tensor
     final_state: Tensor
-    split_state: Tensor | None = None
 
 
 _CHUNK_SCAN = dispatch.register("ssd_chunk_scan", reference.chunk_scan)
@@ -39,7 +37,6 @@ def ssd(
     state_BHPN: Tensor | None = None,
     seq_idx_BT: Tensor | None = None,
     *,
-    split: int = 0,
     use_packages: bool = False,
     impl: str | None = None,
 ) -> SSDResult:
@@ -53,21 +50,8 @@ def ssd(
         state_BHPN: State before the first token; None is zero.
         seq_idx_BT: Document of each token, ascending; each starts from a zero state, the first from `state_BHPN`.
         chunk_size: Tokens per chunk; changes rounding and speed only.
-        split: Also return the state in front of this token (of unpacked rows); the tokens on its two sides are scanned
-            one after the other, which changes rounding only.
         use_packages: On CUDA, take the `mamba_ssm` package where it is installed.
     """
-    if split:
-
-        def piece(tokens: slice, state_BHPN: Tensor | None) -> SSDResult:
-            return ssd(
-                x_BTHP[:, tokens], dt_BTH[:, tokens], A_H, B_BTGN[:, tokens], C_BTGN[:, tokens], D_H, chunk_size,
-                state_BHPN, use_packages=use_packages, impl=impl,
-            )  # fmt: skip
-
-        front = piece(slice(split), state_BHPN)
-        rest = piece(slice(split, None), front.final_state)
-        return SSDResult(torch.cat([front.output, rest.output], dim=1), rest.final_state, front.final_state)
     if use_packages and impl is None and cuda.refusal(x_BTHP, dt_BTH, state_BHPN) is None:
         return SSDResult(*cuda.ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, chunk_size, state_BHPN, seq_idx_BT))
     if x_BTHP.shape[1] == 1:
@@ -75,3 +59,36 @@ def ssd(
     return SSDResult(
         *_CHUNK_SCAN(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, chunk_size, state_BHPN, seq_idx_BT, impl=impl)
     )
+
+
+def ssd_in_two(
+    first: int,
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    D_H: Tensor,
+    chunk_size: int,
+    state_BHPN: Tensor | None = None,
+    seq_idx_BT: Tensor | None = None,
+    *,
+    use_packages: bool = False,
+) -> tuple[SSDResult, Tensor | None]:
+    """`ssd` over the first `first` tokens and then over the rest, and the state between them; with none first, that is
+    the state before the pass. The split changes rounding only."""
+    if first == 0:
+        scan = ssd(
+            x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, chunk_size, state_BHPN, seq_idx_BT, use_packages=use_packages
+        )
+        return scan, state_BHPN
+
+    def part(tokens: slice, state_BHPN: Tensor | None) -> SSDResult:
+        return ssd(
+            x_BTHP[:, tokens], dt_BTH[:, tokens], A_H, B_BTGN[:, tokens], C_BTGN[:, tokens], D_H, chunk_size,
+            state_BHPN, None if seq_idx_BT is None else seq_idx_BT[:, tokens], use_packages=use_packages,
+        )  # fmt: skip
+
+    front = part(slice(first), state_BHPN)
+    rest = part(slice(first, None), front.final_state)
+    return SSDResult(torch.cat([front.output, rest.output], dim=1), rest.final_state), front.final_state
