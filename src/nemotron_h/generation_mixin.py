@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
-from nemotron_h.cache import NemotronHHybridDynamicCache
+from nemotron_h.cache import NemotronHHybridDynamicCache, NemotronHHybridStaticCache
 from nemotron_h.drafting import MTPCandidateGenerator
 from nemotron_h.errors import InputError, UnsupportedError
 
@@ -24,6 +24,7 @@ _base: Any = GenerationMixin  # its methods are typed for a protocol that only w
 class NemotronHGenerationMixin(GenerationMixin):
     """Mixed into `NemotronHForCausalLM`."""
 
+    _longest_static_cache = 0
     _is_stateful = False  # with it, transformers would refuse assisted decoding and prompt lookup
 
     def _prepare_cache_for_generation(
@@ -48,12 +49,17 @@ class NemotronHGenerationMixin(GenerationMixin):
             return
         if generation_config.use_cache is False:
             return
-        if generation_config.cache_implementation not in (None, "dynamic"):
+        if generation_config.cache_implementation not in (None, "dynamic", "static"):
             raise UnsupportedError(
                 f"cache_implementation={generation_config.cache_implementation!r} cannot hold Mamba states: leave it"
-                " out to get NemotronHHybridDynamicCache"
+                ' out to get NemotronHHybridDynamicCache, or take "static" for NemotronHHybridStaticCache'
             )
         cache = NemotronHHybridDynamicCache(self.config)
+        if generation_config.cache_implementation == "static":
+            # As long as any before, so that a compiled step fits again.
+            length = max(max_cache_length, generation_config.max_cache_len or 0, self._longest_static_cache)
+            self._longest_static_cache = length
+            cache = NemotronHHybridStaticCache(self.config, length, device=self.device)
         if getattr(generation_config, "is_assistant", False):
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
@@ -109,10 +115,17 @@ class NemotronHGenerationMixin(GenerationMixin):
                 f"generate: the prompt is empty ([{batch}, {tokens}]); give at least one token, or no prompt at all to"
                 " start from bos_token_id"
             )
+        if isinstance(past_key_values, NemotronHHybridStaticCache):
+            inputs["attention_mask"] = _of_this_pass(attention_mask, tokens)
         keep = inputs.get("logits_to_keep")
         if is_first_iteration and isinstance(keep, int) and keep == 1:
             inputs["logits_to_keep"] = self._prompt_logits(attention_mask, tokens)
         return inputs
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+        """The mask as it is: our layers make their own from it, of constant shape where the cache is static."""
+        return attention_mask
 
     def _prompt_logits(self: Any, attention_mask: Tensor | None, tokens: int) -> int | Tensor:
         if attention_mask is not None and _right_padded(attention_mask):
@@ -136,6 +149,13 @@ class NemotronHGenerationMixin(GenerationMixin):
 
 class CustomCodeError(UnsupportedError, OSError):
     """`from_pretrained` takes an OSError for "there is no such code"; to `generate`'s caller it is unsupported."""
+
+
+def _of_this_pass(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
+    """The mask of the pass's own tokens, whose shape does not grow; None when they are all real."""
+    if attention_mask is None or bool(attention_mask[:, -tokens:].all()):
+        return None
+    return attention_mask[:, -tokens:]
 
 
 def _right_padded(attention_mask: Tensor | None) -> bool:

@@ -75,16 +75,18 @@ def prepare(
 
     positions = position_ids if attention_mask is None and past_key_values is None else None
     seq_idx_BT = documents(batch, tokens, kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q"), positions)
-    cache = _cache(model, past_key_values, use_cache, batch, packed=seq_idx_BT is not None)
-    past = 0 if cache is None else cache.length
+    cache = _cache(model, past_key_values, use_cache, batch, tokens, packed=seq_idx_BT is not None)
+    past = 0 if cache is None else cache.past
     valid_BT = validity(attention_mask, batch, tokens, past)
     slots_valid_BS = valid_BT if cache is None else cache.slots_valid(valid_BT, batch, tokens, device)
 
     options = _options(config, kwargs, labels is not None)
-    if options.mtp_depths and past:
+    if options.mtp_depths and cache is not None and cache.length:
         raise InputError("mtp_logits need the whole sequence: call without a filled past_key_values")
     recorder = _recorder(config, kwargs, options, labels is not None)
-    return Prepared(Layout(tokens, past, valid_BT, slots_valid_BS, seq_idx_BT, recorder), cache, options)
+    capacity = None if cache is None else cache.capacity
+    layout = Layout(tokens, past, valid_BT, slots_valid_BS, seq_idx_BT, recorder, capacity)
+    return Prepared(layout, cache, options)
 
 
 def _check_tokens(
@@ -117,7 +119,7 @@ def _refuse_misspelt(kwargs: Mapping[str, Any]) -> None:
 
 
 def _cache(
-    model: Trunk, past_key_values: Any, use_cache: bool | None, batch: int, packed: bool
+    model: Trunk, past_key_values: Any, use_cache: bool | None, batch: int, tokens: int, packed: bool
 ) -> NemotronHHybridDynamicCache | None:
     if past_key_values is not None:
         if packed:
@@ -125,7 +127,7 @@ def _cache(
         if use_cache is False:
             raise InputError("past_key_values was given with use_cache=False; drop one of them")
         cache = NemotronHHybridDynamicCache.adopt(past_key_values, model.config)
-        cache.check_batch(batch)
+        cache.begin(batch, tokens)
         return _unless_checkpointing(model, cache)
     if use_cache and packed:
         raise InputError("packed documents cannot fill a cache: call with use_cache=False")

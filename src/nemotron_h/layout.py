@@ -41,17 +41,19 @@ class Layout:
     valid_BT       False at padding; None when every token is real.
     slots_valid_BS the same for cached and present tokens; None when all are real.
     seq_idx_BT     document of each token in a packed row, ascending; None when rows are single documents.
-    past           slots in the cache before this pass.
+    past           slots in the cache before this pass; an integer tensor [] in a cache of fixed shapes.
+    capacity       slots of a cache of fixed shapes, of which the last may be empty; None in one that grows.
     recorder       where mixers leave what the caller wants to see, if anything.
     tokens         T.
     """
 
     tokens: int
-    past: int = 0
+    past: int | Tensor = 0
     valid_BT: Tensor | None = None
     slots_valid_BS: Tensor | None = None
     seq_idx_BT: Tensor | None = None
     recorder: Recorder | None = None
+    capacity: int | None = None
     _visible: dict[int | None, Tensor | None] = field(default_factory=dict)
     _order: tuple[Tensor, Tensor] | None = None
 
@@ -115,7 +117,8 @@ class Layout:
 
         A padding token sees itself and what a real one would, so that no row of a softmax is empty.
         """
-        plain = self.slots_valid_BS is None and self.seq_idx_BT is None and self.past == 0
+        fresh = not isinstance(self.past, Tensor) and self.past == 0
+        plain = self.slots_valid_BS is None and self.seq_idx_BT is None and fresh
         if plain and (window is None or window >= self.tokens):
             return True, None
         if window not in self._visible:
@@ -123,21 +126,25 @@ class Layout:
         return False, self._visible[window]
 
     def _make_visible(self, window: int | None, device: torch.device) -> Tensor | None:
-        slots = self.past + self.tokens
-        if self.slots_valid_BS is None and self.tokens == 1 and (window is None or slots <= window):
-            return None
+        own_T = torch.arange(self.tokens, dtype=torch.int32, device=device) + self.past
+        if isinstance(self.past, Tensor):
+            assert self.capacity is not None
+            slots = self.capacity
+        else:
+            slots = self.past + self.tokens
+            if self.slots_valid_BS is None and self.tokens == 1 and (window is None or slots <= window):
+                return None
         slot_S = torch.arange(slots, dtype=torch.int32, device=device)
-        slot_T1 = slot_S[self.past :, None]
-        seen = (slot_S <= slot_T1)[None, None]
+        seen = (slot_S <= own_T[:, None])[None, None]
         if self.slots_valid_BS is not None:
-            seen = seen & self.slots_valid_BS[:, None, None]
+            seen = seen & self.slots_valid_BS[:, None, None, :slots]
         if self.seq_idx_BT is not None:
             document_BT = self.seq_idx_BT.int()
             seen = seen & (document_BT[:, None, :, None] == document_BT[:, None, None, :])
         if window is not None:
-            position = slot_S[None] if self.slots_valid_BS is None else self.slots_valid_BS.long().cumsum(-1)
-            seen = seen & (position[:, None, self.past :, None] - position[:, None, None, :] < window)
-        return seen if self.slots_valid_BS is None else seen | (slot_S == slot_T1)
+            position = slot_S[None] if self.slots_valid_BS is None else self.slots_valid_BS[:, :slots].long().cumsum(-1)
+            seen = seen & (position[:, own_T.long(), None] - position[:, None] < window)[:, None]
+        return seen if self.slots_valid_BS is None else seen | (slot_S == own_T[:, None])
 
 
 def _take(x_BTC: Tensor, order_BT: Tensor) -> Tensor:
@@ -145,7 +152,7 @@ def _take(x_BTC: Tensor, order_BT: Tensor) -> Tensor:
     return x_BTC.gather(1, index)
 
 
-def validity(attention_mask: Tensor | None, batch: int, tokens: int, past: int) -> Tensor | None:
+def validity(attention_mask: Tensor | None, batch: int, tokens: int, past: int | Tensor) -> Tensor | None:
     """`valid_BT` of this pass from a 2-D mask over its tokens, or over cached and present ones.
 
     Returns None when all tokens are real, which a traced or meta tensor cannot tell.
@@ -155,11 +162,8 @@ def validity(attention_mask: Tensor | None, batch: int, tokens: int, past: int) 
     """
     if attention_mask is None:
         return None
-    if (
-        attention_mask.dim() != 2
-        or attention_mask.shape[0] != batch
-        or attention_mask.shape[1] not in (tokens, past + tokens)
-    ):
+    fits = attention_mask.dim() == 2 and attention_mask.shape[0] == batch
+    if not fits or (attention_mask.shape[1] != tokens and attention_mask.shape[1] != past + tokens):
         raise InputError(
             f"attention_mask must be [batch, tokens] = [{batch}, {tokens}]"
             + (f" or [{batch}, {past + tokens}] with the cached ones" if past else "")

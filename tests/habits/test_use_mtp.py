@@ -104,8 +104,8 @@ def test_padded_row_and_continued_cache() -> None:
         cache = copy.deepcopy(first.past_key_values)
         second = model.generate(ids_given, past_key_values=cache, **rest)
         assert torch.equal(second[:, -15:], expected[:, -15:])
+    mask = torch.tensor([[1] * 13 + [0, 1]])
     with pytest.raises(UnsupportedError, match="without padding"):
-        mask = torch.tensor([[1] * 13 + [0, 1]])
         model.generate(ids_given.repeat(1, 2), past_key_values=cache, attention_mask=mask, **rest)
 
 

@@ -141,7 +141,7 @@ def test_what_cannot_be_right_padded() -> None:
             model.generate(**single, **GREEDY, **kwargs)
 
 
-@pytest.mark.parametrize("name", ["static", "offloaded", "offloaded_static", "quantized", "sliding_window"])
+@pytest.mark.parametrize("name", ["offloaded", "offloaded_static", "quantized", "sliding_window"])
 def test_other_caches_by_name(name: str) -> None:
     with pytest.raises(UnsupportedError, match="NemotronHHybridDynamicCache"):
         tiny_model().generate(torch.tensor([[3, 4]]), **GREEDY, cache_implementation=name)

@@ -4,6 +4,7 @@ from nemotron_h.cache.depth import DepthCache
 from nemotron_h.cache.hybrid import NemotronHHybridDynamicCache
 from nemotron_h.cache.journal import JOURNAL, Step
 from nemotron_h.cache.layers import BLOCK, LAYERS, AttentionLayer, CacheLayer, MambaLayer
+from nemotron_h.cache.static import NemotronHHybridStaticCache
 
 __all__ = [
     "BLOCK",
@@ -14,5 +15,6 @@ __all__ = [
     "DepthCache",
     "MambaLayer",
     "NemotronHHybridDynamicCache",
+    "NemotronHHybridStaticCache",
     "Step",
 ]

@@ -91,7 +91,18 @@ class NemotronHHybridDynamicCache(Cache):
         cache.__init__(config)  # type: ignore[misc]
         return cache  # type: ignore[return-value]
 
-    def check_batch(self, batch: int) -> None:
+    @property
+    def past(self) -> int | Tensor:
+        """Slots before the next pass, as `Layout.past` takes them."""
+        return self.length
+
+    @property
+    def capacity(self) -> int | None:
+        """Slots for which there is room; None: it grows."""
+        return None
+
+    def begin(self, batch: int, tokens: int) -> None:
+        """A pass of that size comes. Raises CacheError where it does not fit."""
         if self._batch not in (None, batch):
             raise CacheError(f"the cache holds {self._batch} rows, the input has {batch}")
 
@@ -135,7 +146,7 @@ class NemotronHHybridDynamicCache(Cache):
         """Real tokens of each row."""
         if self.slots_valid_BS is None:
             return [self.length] * (self._batch or 0)
-        return self.slots_valid_BS.sum(-1).tolist()
+        return self.slots_valid_BS[:, : self.length].sum(-1).tolist()
 
     @property
     def batch_size(self) -> int:
@@ -198,7 +209,10 @@ class NemotronHHybridDynamicCache(Cache):
             layer.take_back(slots, self.length)  # type: ignore[union-attr]
         self.length -= slots
         if self.slots_valid_BS is not None:
-            self.slots_valid_BS = self.slots_valid_BS[:, : self.length]
+            self._forget_slots(self.slots_valid_BS)
+
+    def _forget_slots(self, slots_valid_BS: Tensor) -> None:
+        self.slots_valid_BS = slots_valid_BS[:, : self.length]
 
     # Lists by layer, as earlier versions of transformers had them.
 
@@ -232,7 +246,7 @@ class NemotronHHybridDynamicCache(Cache):
             for name, tensor in layer.tensors().items()  # type: ignore[union-attr]
         }
         if self.slots_valid_BS is not None:
-            tensors["slots_valid"] = self.slots_valid_BS.contiguous()
+            tensors["slots_valid"] = self.slots_valid_BS[:, : self.length].contiguous()
         metadata = {"format": "nemotron_h.cache", "length": str(self.length), "batch": str(self.batch_size)}
         metadata["sizes"] = json.dumps(self._sizes)
         temporary = Path(f"{os.fspath(path)}.tmp-{os.getpid()}")

@@ -28,6 +28,7 @@ class CacheLayer(CacheLayerMixin):
     """
 
     names: tuple[str, ...] = ()
+    in_place = False  # of a cache of fixed shapes: a tensor keeps its address from pass to pass
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,12 +52,20 @@ class CacheLayer(CacheLayerMixin):
     def commit(self, slots: int) -> None:
         if self.pending is not None:
             for name, state in zip(self.names, self.pending, strict=True):
-                setattr(self, name, state)
+                self.keep(name, state)
             self.pending = None
+
+    def keep(self, name: str, state: Tensor) -> None:
+        """Make `state` the tensor `name`, written over the old one where addresses must stay."""
+        old = getattr(self, name)
+        if self.in_place and old is not None and old.shape == state.shape:
+            old.copy_(state)
+        else:
+            setattr(self, name, state)
 
     def map_batch(self, change: Any) -> None:
         for name, tensor in self.tensors().items():
-            setattr(self, name, change(tensor))
+            self.keep(name, change(tensor))
 
     def reset(self) -> None:
         self.pending = None
@@ -152,6 +161,8 @@ class MambaLayer(CacheLayer):
     """
 
     names = ("conv_states", "recurrent_states")
+    conv_states: Any  # None before the first pass
+    recurrent_states: Any
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -193,13 +204,16 @@ class MambaLayer(CacheLayer):
 
     def commit(self, slots: int) -> None:
         before = self.conv_states, self.recurrent_states
+        if self.in_place and self._pending_step is not None and self.conv_states is not None:
+            before = self.conv_states.clone(), self.recurrent_states.clone()
         super().commit(slots)
         if self._pending_step is not None:
             if self._pending_journal is not None:
                 self.journal = self._pending_journal
             if self.journal is None:
                 self.journal = Journal(*before, self.at_rest)
-            self.journal.append(self._pending_step, self.conv_states.shape[2])
+            window_BCW: Any = self.conv_states
+            self.journal.append(self._pending_step, window_BCW.shape[2])
         self._pending_step = self._pending_journal = None
 
     def map_batch(self, change: Any) -> None:
@@ -208,8 +222,12 @@ class MambaLayer(CacheLayer):
             self.journal.map_batch(change)
 
     def reset(self) -> None:
-        super().reset()
-        self.journal = self._pending_step = self._pending_journal = None
+        if self.in_place and self.conv_states is not None:
+            self.conv_states.zero_()
+            self.recurrent_states.zero_()
+        else:
+            super().reset()
+        self.pending = self.journal = self._pending_step = self._pending_journal = None
 
     def take_back(self, slots: int, length: int) -> None:
         if slots >= length:
@@ -217,8 +235,8 @@ class MambaLayer(CacheLayer):
         elif self.journal is not None and slots > 0:
             window_BCW, state_BHPN = self.journal.take_back(slots, self.conv_states.shape[2])
             zero = torch.zeros_like
-            self.conv_states = zero(self.conv_states) if window_BCW is None else window_BCW
-            self.recurrent_states = zero(self.recurrent_states) if state_BHPN is None else state_BHPN
+            self.keep("conv_states", zero(self.conv_states) if window_BCW is None else window_BCW)
+            self.keep("recurrent_states", zero(self.recurrent_states) if state_BHPN is None else state_BHPN)
         self.journal = None
 
     def can_take_back(self, slots: int, length: int) -> bool:
