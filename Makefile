@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 JOBS ?= 2
+OLDEST := transformers==5.20.0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -11,11 +12,12 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/ker
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
-.PHONY: help demo test campaign check format clean
+.PHONY: help demo test oldest campaign check format clean
 
 help:
 	@echo "make demo      write some text with the model that ships with the package"
 	@echo "make test      the test suite"
+	@echo "make oldest    the tests of transformers' habits against the oldest transformers that we promise"
 	@echo "make campaign  the tests that take minutes"
 	@echo "make check     linters, types, import rules, file lengths, README's tree"
 	@echo "make format    let ruff format and mend what it can"
@@ -26,6 +28,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -n $(JOBS)
+
+oldest: $(INSTALLED_DEV)
+	$(PIP) install -q --no-deps --upgrade --target $(VENV)/oldest $(OLDEST)
+	PYTHONPATH=$(abspath $(VENV)/oldest) $(BIN)/python -m pytest -n $(JOBS) tests/habits tests/loading tests/model/test_static_cache.py
 
 campaign: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -m campaign
