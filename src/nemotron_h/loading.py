@@ -23,6 +23,7 @@ from nemotron_h.checkpoint.directory import Directory, open_directory, write_dir
 from nemotron_h.checkpoint.names import hub_names, plan, with_expert_bias
 from nemotron_h.checkpoint.safetensors import TensorReader, TensorSpec, dtype_name, read_header, spec_of
 from nemotron_h.errors import CheckpointError, InputError, ModelNotFoundError, NemotronHError, UnsupportedError
+from nemotron_h.state_dicts import rename_to_native
 from nemotron_h.strict_json import load_json
 
 Read = Callable[[str], Tensor]
@@ -84,6 +85,17 @@ class Loading(PreTrainedModel):
             raise CheckpointError(f"{source}: not a readable safetensors file ({error})") from error
         except OSError as error:
             raise ModelNotFoundError.of(source, error) from error
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """torch's hook below `load_state_dict`: hub names are taken as well as the model's own."""
+        causal = hasattr(self, "lm_head")
+        rename_to_native(state_dict, prefix, "model." if causal else "")
+        tied, source = prefix + "lm_head.weight", prefix + "model.embeddings.weight"
+        if causal and self.config.tie_word_embeddings and source in state_dict:
+            state_dict.setdefault(tied, state_dict[source])  # a tied checkpoint holds it once
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(

@@ -37,6 +37,7 @@ from nemotron_h.ops.router import Routing, route
 from nemotron_h.ops.ssd import ssd_in_two, time_step
 from nemotron_h.outputs import NemotronHCausalLMOutput, NemotronHModelOutput
 from nemotron_h.pretrained import NemotronHPreTrainedModel
+from nemotron_h.state_dicts import take_experts
 
 
 class NemotronHRMSNorm(nn.Module):
@@ -258,6 +259,16 @@ class NemotronHExperts(nn.Module):
         """Room for biases; published models have none, a checkpoint that carries them loads."""
         for name, projection in (("up_proj_bias", self.up_proj), ("down_proj_bias", self.down_proj)):
             setattr(self, name, nn.Parameter(projection.new_zeros(projection.shape[:2])))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """torch's hook below `load_state_dict`: experts may come one by one, as checkpoints hold them."""
+        take_experts(self, state_dict, prefix, missing_keys, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def forward(self, x_ML: Tensor, experts_Mk: Tensor, weights_Mk: Tensor) -> Tensor:
         return experts(
