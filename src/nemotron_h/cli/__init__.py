@@ -35,6 +35,7 @@ COMMANDS: dict[str, str] = {
     "info": "Shape, parameters and memory of a model or a preset.",
     "init": "Write a random-weight checkpoint of any shape.",
     "verify": "Check a model's weights, and what this machine computes with them.",
+    "eval": "Perplexity of texts, scores of lm-eval's tasks.",
     "doctor": "What this machine offers, and which implementations run on it.",
 }
 

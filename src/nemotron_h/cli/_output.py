@@ -11,14 +11,15 @@ from typing import Any, TextIO
 
 def print_json(value: Mapping[str, Any]) -> None:
     """One line of strict JSON on stdout: NaN and infinity, which JSON lacks, become null."""
-    print(json.dumps(_finite(value), allow_nan=False), flush=True)
+    print(json.dumps(finite(value), allow_nan=False), flush=True)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value that JSON can hold: NaN and infinity become null."""
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and value - value != 0 else value
 
 
