@@ -28,6 +28,9 @@ _WHERE = {
     "SamplingParams": "nemotron_h.generation",
     "UnsupportedError": "nemotron_h.errors",
     "demo_model": "nemotron_h.demo",
+    "load_adapter": "nemotron_h.adapters",
+    "lora_targets": "nemotron_h.adapters",
+    "peft_compat": "nemotron_h.adapters",
     "presets": "nemotron_h.family",
     "register": "nemotron_h.registration",
     "register_block": "nemotron_h.modeling",
@@ -51,12 +54,16 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "demo_model",
+    "load_adapter",
+    "lora_targets",
+    "peft_compat",
     "presets",
     "register",
     "register_block",
 ]
 
 if TYPE_CHECKING:
+    from nemotron_h.adapters import load_adapter, lora_targets, peft_compat
     from nemotron_h.cache import NemotronHHybridDynamicCache
     from nemotron_h.configuration import NemotronHConfig
     from nemotron_h.demo import demo_model

@@ -42,7 +42,10 @@ class NemotronHConfig(PreTrainedConfig):
 
     model_type: ClassVar[str] = "nemotron_h"
     attribute_map: ClassVar[dict[str, str]] = dict(family.ALIASES)
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    # What Trainer's evaluation leaves out of its predictions: then they are the logits alone.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values", "mtp_logits", "mtp_loss", "aux_loss", "z_loss",
+    ]  # fmt: skip
 
     vocab_size: int
     hidden_size: int

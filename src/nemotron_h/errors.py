@@ -21,12 +21,22 @@ class ModelNotFoundError(CheckpointError, OSError):
     """There is no such directory, file or hub repository."""
 
     @classmethod
-    def of(cls, name: object, error: OSError) -> "ModelNotFoundError":
+    def of(cls, name: object, error: Exception) -> "ModelNotFoundError":
         """One line from an error of transformers or the hub client, which have many; ours stay as they are."""
         if isinstance(error, cls):
             return error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        root: BaseException = error
+        while (cause := root.__cause__ or root.__context__) is not None:
+            root = cause
+        reason = _first_line(error)
+        if root is not error and _first_line(root) not in reason:  # what broke, such as a connection
+            reason = f"{reason.split('. ')[0].rstrip('.')} ({_first_line(root)})"
         return cls(f"{name}: {reason}")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 class InputError(NemotronHError, ValueError):

@@ -138,8 +138,11 @@ def _cache(
 def _unless_checkpointing(model: Trunk, cache: NemotronHHybridDynamicCache) -> NemotronHHybridDynamicCache | None:
     if not (model.gradient_checkpointing and model.training):
         return cache
-    if cache.length:
-        raise CacheError("a filled cache cannot be continued under gradient checkpointing: it would be extended twice")
+    if cache.length or any(layer.tensors() for layer in cache.layers):  # type: ignore[union-attr]
+        raise CacheError(
+            "a filled cache, or one with states to start from, cannot be continued under gradient checkpointing: it"
+            " would be extended twice"
+        )
     logger.warning("gradient checkpointing recomputes the blocks: no cache is returned")
     return None
 
@@ -190,6 +193,7 @@ def _recorder(config: NemotronHConfig, kwargs: Mapping[str, Any], options: Optio
         attentions={} if (config.output_attentions if attentions is None else attentions) else None,
         routings={} if router else None,
         ssm_states={} if kwargs.get("output_ssm_states") else None,
+        mtp_routings={} if in_loss and config.mtp_loss_coef > 0 else None,
     )
 
 

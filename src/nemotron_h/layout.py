@@ -24,6 +24,11 @@ class Recorder:
     attentions: dict[int, Tensor] | None = None
     routings: dict[int, Routing] | None = None
     ssm_states: dict[int, Tensor] | None = None
+    mtp_routings: dict[int, dict[int, Routing]] | None = None
+
+    def at_depth(self, depth: int) -> Recorder | None:
+        """What is recorded of an MTP head's depth: the routings that the losses need."""
+        return None if self.mtp_routings is None else Recorder(routings=self.mtp_routings.setdefault(depth, {}))
 
     def router_logits(self) -> tuple[Tensor, ...] | None:
         return None if self.routings is None else tuple(self.routings[i].logits for i in sorted(self.routings))
@@ -57,11 +62,11 @@ class Layout:
     _visible: dict[int | None, Tensor | None] = field(default_factory=dict)
     _order: tuple[Tensor, Tensor] | None = None
 
-    def first(self, tokens: int) -> Layout:
-        """The layout of the first `tokens` tokens alone, without a cache; nothing of it is recorded."""
+    def first(self, tokens: int, recorder: Recorder | None = None) -> Layout:
+        """The layout of the first `tokens` tokens alone, without a cache and with a recorder of its own."""
         valid_BT = None if self.valid_BT is None else self.valid_BT[:, :tokens]
         seq_idx_BT = None if self.seq_idx_BT is None else self.seq_idx_BT[:, :tokens]
-        return Layout(tokens, 0, valid_BT, valid_BT, seq_idx_BT)
+        return Layout(tokens, 0, valid_BT, valid_BT, seq_idx_BT, recorder)
 
     def compacted(self) -> Layout:
         """The layout of compacted rows, without a cache; nothing of it is recorded."""

@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HTTPError  # of the http client that it uses
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from nemotron_h.checkpoint.directory import Directory, open_directory, write_directory
+from nemotron_h.checkpoint.directory import Directory, check_index, open_directory, write_directory
+from nemotron_h.checkpoint.generation_config import check_generation_config
 from nemotron_h.checkpoint.names import hub_names, plan, with_expert_bias
 from nemotron_h.checkpoint.safetensors import TensorReader, TensorSpec, dtype_name, read_header, spec_of
 from nemotron_h.errors import CheckpointError, InputError, ModelNotFoundError, NemotronHError, UnsupportedError
-from nemotron_h.state_dicts import rename_to_native
-from nemotron_h.strict_json import load_json
+from nemotron_h.state_dicts import rename_to_native, tie_head
 
 Read = Callable[[str], Tensor]
 
@@ -78,24 +80,34 @@ class Loading(PreTrainedModel):
         try:
             _check_files(source, kwargs.get("subfolder") or "")
             _check_config(cls, source, kwargs)
+            if source is not None and not Path(source).exists():
+                _check_hub_weights(str(source), kwargs)
             return super().from_pretrained(source, *model_args, use_safetensors=True, **kwargs)
         except NemotronHError:
             raise
         except SafetensorError as error:  # transformers looks for the dtype when the config does not say it
             raise CheckpointError(f"{source}: not a readable safetensors file ({error})") from error
-        except OSError as error:
+        except KeyError as error:
+            if error.args != ("metadata",):
+                raise
+            raise CheckpointError(
+                f'{source}: the index has no "metadata": transformers needs it, {{}} will do'
+            ) from error
+        except (OSError, HTTPError) as error:
             raise ModelNotFoundError.of(source, error) from error
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
-    ) -> None:
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
         """torch's hook below `load_state_dict`: hub names are taken as well as the model's own."""
-        causal = hasattr(self, "lm_head")
-        rename_to_native(state_dict, prefix, "model." if causal else "")
-        tied, source = prefix + "lm_head.weight", prefix + "model.embeddings.weight"
-        if causal and self.config.tie_word_embeddings and source in state_dict:
-            state_dict.setdefault(tied, state_dict[source])  # a tied checkpoint holds it once
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        head = self._modules.get("lm_head")
+        rename_to_native(state_dict, prefix, "" if head is None else "model.")
+        if head is not None and self.config.tie_word_embeddings and "weight" in head._parameters:
+            tie_head(state_dict, prefix, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     @staticmethod
     def _load_pretrained_model(
@@ -198,13 +210,29 @@ def _check_files(source: Any, subfolder: str) -> None:
         )
     generation = path / "generation_config.json"
     if generation.exists():
-        values = load_json(generation, "generation config")
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{generation}: must hold an object, holds a {type(values).__name__}")
-        try:
-            GenerationConfig.from_dict(values)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{generation}: {str(error).splitlines()[0]}") from error
+        check_generation_config(generation)
+
+
+def _check_hub_weights(repository: str, kwargs: Mapping[str, Any]) -> None:
+    """Refuse a repository without safetensors; transformers would ask the hub to convert its pickle files.
+
+    Its small files are checked before transformers acts on them: it would fetch whatever the index names, and take the
+    defaults for a generation config that it cannot read.
+    """
+    own = {name: kwargs[name] for name in _HUB if name != "dtype" and kwargs.get(name) is not None}
+    generation = cached_file(repository, "generation_config.json", _raise_exceptions_for_missing_entries=False, **own)
+    if generation is not None:
+        check_generation_config(Path(generation))
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        file = cached_file(repository, name, _raise_exceptions_for_missing_entries=False, **own)
+        if file is not None:
+            if name.endswith(".json"):
+                check_index(Path(file).parent)
+            return
+    raise CheckpointError(
+        f"{repository}: neither model.safetensors nor model.safetensors.index.json is there; pickle files (.bin, .pt)"
+        " can run code and are never loaded: convert them, or ask for another revision"
+    )
 
 
 def _check_config(cls: type[PreTrainedModel], source: Any, kwargs: Mapping[str, Any]) -> None:

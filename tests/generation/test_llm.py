@@ -326,7 +326,7 @@ def test_stream_writes_one_text(llm: LLM) -> None:
         llm.stream(PROMPT, SamplingParams(n=2))
 
 
-UNSUPPORTED: dict[str, Any] = {"quantization": "int8", "speculative": "mtp", "adapters": {"a": "b"}}
+UNSUPPORTED: dict[str, Any] = {"quantization": "int8", "speculative": "mtp"}
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripting import TOKENIZER
 from transformers import PreTrainedTokenizerFast
 
 from nemotron_h import LLM, SamplingParams, demo_model
-from nemotron_h.errors import CheckpointError, InputError
+from nemotron_h.errors import CheckpointError, InputError, ModelNotFoundError
 from nemotron_h.generation.text import Decoder, StopTexts, Text
 
 START, END = 10, 11  # <|im_start|>, <|im_end|>
@@ -263,7 +264,7 @@ def test_tokenizer_that_is_a_directory(tmp_path: Path) -> None:
 
 
 def test_reading_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that is there must be read; a repository may have no tokenizer."""
+    """A file that is there must be read; a repository has no tokenizer if the hub says so, not if it is silent."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("Input/output error")
@@ -272,7 +273,19 @@ def test_reading_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "tokenizer.json").write_bytes(WHOLE)
     with pytest.raises(CheckpointError, match="Input/output error"):
         Text.load(str(tmp_path))
+
+    def answers(error: Exception) -> None:
+        def ask(*_: Any, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("nemotron_h.generation.text.hf_hub_download", ask)
+
+    answers(EntryNotFoundError("no such file"))
     assert Text.load("somebody/model").tokenizer is None
+    for error in (LocalEntryNotFoundError("offline"), OSError("disk full"), ConnectionError("refused")):
+        answers(error)
+        with pytest.raises(ModelNotFoundError, match=r"somebody/model: tokenizer\.json"):
+            Text.load("somebody/model")
 
 
 # Stop texts

@@ -10,11 +10,18 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, set_seed
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    set_seed,
+)
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
 from helpers import assert_close, draw_ids, tiny_model
-from nemotron_h import NemotronHForCausalLM
+from nemotron_h import NemotronHForCausalLM, demo_model
 
 SAMPLE = {"do_sample": True, "top_k": 0}
 
@@ -49,6 +56,10 @@ MODES: dict[str, dict[str, Any]] = {
     "sequence bias": {"sequence_bias": [[[11], 4.0], [[3, 4], -9.0]]},
     "suppressed": {"suppress_tokens": [1, 2, 3, 4], "begin_suppress_tokens": [8]},
     "forced end": {"forced_eos_token_id": 9},
+    "long beams": {"num_beams": 3, "early_stopping": "never", "length_penalty": 2.0, "eos_token_id": [4, 5, 6, 7]},
+    "beams with penalties": {"num_beams": 3, "repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
+    "no time": {"max_time": 0.0},
+    "longest length": {"max_new_tokens": None, "max_length": 11},
     "shortest length": {"min_new_tokens": 6, "eos_token_id": list(range(20))},
     "end tokens": {"eos_token_id": [11, 13, 17, 19, 23, 29, 31]},
     "exponential decay": {"exponential_decay_length_penalty": (2, 1.3), "eos_token_id": 7},
@@ -65,11 +76,17 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     ours = tiny_model(hybrid_override_pattern=request.param, moe_latent_size=None)
     directory: Path = tmp_path_factory.mktemp("model")
     ours.save_pretrained(directory)
-    theirs = transformers.NemotronHForCausalLM.from_pretrained(directory).eval()
+    return ours, their_model(directory)
+
+
+def their_model(directory: Path, **options: Any) -> Any:
+    theirs = transformers.NemotronHForCausalLM.from_pretrained(directory, **options).eval()
+    if theirs.config.tie_word_embeddings:  # which it ignores
+        theirs.lm_head.weight = theirs.model.embeddings.weight
     for module in theirs.modules():
         if isinstance(module, NemotronHMamba2Mixer):
             module.time_step_limit = (0.0, float("inf"))
-    return ours, theirs
+    return theirs
 
 
 def run(model: nn.Module, ids: Tensor, **options: Any) -> Any:
@@ -103,6 +120,18 @@ def test_modes_change_the_text(pair: tuple[Any, Any]) -> None:
     assert len(texts) > len(MODES) // 2
 
 
+def test_configuration_object(pair: tuple[Any, Any]) -> None:
+    config = GenerationConfig(
+        **SAMPLE, temperature=0.8, num_return_sequences=2, max_new_tokens=14, eos_token_id=None, pad_token_id=0
+    )
+    ids, texts = draw_ids(pair[0], 2, 6), []
+    for model in pair:
+        set_seed(3)
+        texts.append(model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config))
+    assert torch.equal(texts[0], texts[1])
+    assert texts[0].shape == (4, 20)
+
+
 def test_left_padded_batch(pair: tuple[Any, Any]) -> None:
     ours, theirs = pair
     ids = draw_ids(ours, 2, 6)
@@ -120,3 +149,39 @@ def test_inner_states_while_generating(pair: tuple[Any, Any]) -> None:
     result, expected = (run(model, ids, output_hidden_states=True, max_new_tokens=4) for model in (ours, theirs))
     for step, (mine, yours) in enumerate(zip(result.hidden_states, expected.hidden_states, strict=True)):
         assert_close(list(mine), list(yours), f"step {step}")
+
+
+def test_attentions_while_generating(tmp_path: Path) -> None:
+    ours = tiny_model(hybrid_override_pattern="*EM*", moe_latent_size=None)
+    ours.save_pretrained(tmp_path)
+    ours = NemotronHForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    theirs = their_model(tmp_path, attn_implementation="eager")
+    ids = draw_ids(ours, 2, 6)
+    result, expected = (run(model, ids, output_attentions=True, max_new_tokens=4) for model in (ours, theirs))
+    assert [len(step) for step in result.attentions] == [2] * 4
+    for step, (mine, yours) in enumerate(zip(result.attentions, expected.attentions, strict=True)):
+        assert_close(list(mine), list(yours), f"step {step}")
+
+
+def test_a_second_turn_behind_the_first_ones_cache(pair: tuple[Any, Any]) -> None:
+    ours, _ = pair
+    first = [run(model, draw_ids(ours, 2, 6)) for model in pair]
+    assert torch.equal(first[0].sequences, first[1].sequences)
+    text = torch.cat([first[0].sequences, draw_ids(ours, 2, 1, seed=4)], dim=1)
+    result, expected = (
+        run(model, text, past_key_values=turn.past_key_values) for model, turn in zip(pair, first, strict=True)
+    )
+    fresh = run(ours, text)
+    assert torch.equal(result.sequences, fresh.sequences)
+    assert_close(list(result.logits), list(fresh.logits), "with the first turn's cache")
+    assert len(expected.logits) == len(result.logits)
+
+
+@pytest.mark.parametrize("mode", ["greedy", "several beams", "sampling", "repetition penalty"])
+def test_shipped_model(mode: str) -> None:
+    ours = NemotronHForCausalLM.from_pretrained(demo_model(), dtype=torch.float32).eval()
+    theirs = their_model(demo_model(), dtype=torch.float32)
+    ids = draw_ids(ours, 2, 9)
+    result, expected = (run(model, ids, **MODES[mode]) for model in (ours, theirs))
+    assert torch.equal(result.sequences, expected.sequences)
+    assert_close(list(result.logits), list(expected.logits), mode)

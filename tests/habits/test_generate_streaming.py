@@ -1,6 +1,7 @@
 """Streamers, stopping criteria and the example of transformers' page, on the shipped model with its tokenizer."""
 
 from pathlib import Path
+from queue import Empty
 from threading import Thread
 from typing import Any
 
@@ -91,6 +92,36 @@ def test_each_token_reaches_a_streamer_of_ones_own(model: NemotronHForCausalLM, 
 def test_a_failing_pass_ends_the_generation_with_its_error(model: NemotronHForCausalLM, tokenizer: Any) -> None:
     with pytest.raises(InputError, match="vocab_size"):
         model.generate(torch.tensor([[5000]]), **options(), streamer=TextStreamer(tokenizer))
+
+
+def test_a_failure_in_a_thread_hangs_nobody(model: NemotronHForCausalLM, tokenizer: Any) -> None:
+    """The reader's timeout ends its wait; pieces from before the failure arrive."""
+    errors: list[Exception] = []
+
+    def fail_late(input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] > inputs.input_ids.shape[1] + 8:
+            raise RuntimeError("on purpose")
+        return scores
+
+    def work() -> None:
+        try:
+            model.generate(**inputs, **options(), streamer=streamer, logits_processor=[fail_late])
+        except RuntimeError as error:
+            errors.append(error)
+
+    inputs = tokenizer("The weather was", return_tensors="pt")
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=2)
+    thread = Thread(target=work)
+    thread.start()
+    pieces: list[str] = []
+    with pytest.raises(Empty):
+        pieces.extend(streamer)
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    assert [str(error) for error in errors] == ["on purpose"]
+    expected = model.generate(**inputs, **options(max_new_tokens=9))[0, inputs.input_ids.shape[1] :]
+    assert "".join(pieces)
+    assert tokenizer.decode(expected).startswith("".join(pieces))
 
 
 @pytest.mark.parametrize("others", [{}, {"use_mtp": True}, {"num_beams": 2}])

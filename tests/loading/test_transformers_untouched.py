@@ -88,7 +88,7 @@ def test_importing_changes_nothing() -> None:
         print(sorted(changed))
     """
     changed = run(textwrap.dedent(SNAPSHOT) + textwrap.dedent(script))
-    assert changed.strip() == "['causal models', 'configs', 'models']", (
+    assert changed.strip() == "['causal models', 'configs', 'models', 'own conversions']", (
         "the snapshot sees what register() does, no more"
     )
 

@@ -34,6 +34,7 @@ INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".distcp")
+_STORE_MARK = ".huggingface-shared-blobs"
 _PROBLEMS_SHOWN = 5
 # What a save leaves behind: shards, shards set aside for a moment, temporaries of a process that was killed.
 _NAME = r"model(-\d{5,}-of-\d{5,})?(\.old-[0-9a-f]{8})?\.safetensors(\.index\.json)?"
@@ -176,13 +177,27 @@ def _read_index(path: Path) -> tuple[dict[str, str], int | float | None]:
     return weight_map, total_size
 
 
+def check_index(path: Path) -> None:
+    """Check the index of a directory whose shards are still to be fetched: CheckpointError for any that is malformed
+    or names something other than plain files."""
+    weight_map, _ = _read_index(path)
+    problems = _Problems(path)
+    for name in sorted(set(weight_map.values())):
+        if not _is_plain(name):
+            problems.add(f"shard {shown(name)} of {INDEX} must be a plain file name that ends in .safetensors")
+    problems.raise_if_any()
+
+
+def _is_plain(name: str) -> bool:
+    return name.isprintable() and name.endswith(".safetensors") and "/" not in name and "\\" not in name
+
+
 def _shards(path: Path, weight_map: dict[str, str]) -> list[Path]:
     """The distinct shards, sorted by name; raises for those that are missing or not plain files inside."""
     problems = _Problems(path)
     names = sorted(set(weight_map.values()))
     for name in names:
-        plain = name.isprintable() and name.endswith(".safetensors") and "/" not in name and "\\" not in name
-        if not plain:
+        if not _is_plain(name):
             problems.add(f"shard {shown(name)} of {INDEX} must be a plain file name that ends in .safetensors")
         elif refusal := _refusal(path, name):
             problems.add(f"shard {shown(name)} {refusal}")
@@ -205,12 +220,18 @@ def _refusal(path: Path, name: str) -> str | None:
 
 
 def _allowed_roots(root: Path) -> Iterator[Path]:
-    """The directory itself, and in the hub's cache, models--org--name/snapshots/revision, the model's blobs."""
+    """The directory itself, and in the hub's cache, models--org--name/snapshots/revision, the model's blobs.
+
+    Those may be links themselves, into a store that the client marks as its own and that all models share.
+    """
     yield root
     for folder in (root, *root.parents):
         snapshots = folder.parent
         if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
             yield snapshots.parent / "blobs"
+            store = snapshots.parent.parent / "blobs"
+            if (store / _STORE_MARK).is_file():
+                yield store
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

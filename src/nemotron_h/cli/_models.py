@@ -109,11 +109,11 @@ def _ours(config: object, file: Path) -> dict[str, Any]:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
     try:
         return Path(hf_hub_download(name, "config.json"))
-    except (OSError, ValueError, EntryNotFoundError) as error:
+    except (OSError, ValueError, EntryNotFoundError, HTTPError) as error:
         raise ModelNotFoundError(
             f"{name}: no such file or directory, and not on the hub: {_first_line(error)}"
         ) from error

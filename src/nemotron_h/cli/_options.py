@@ -25,7 +25,10 @@ Seed = Annotated[int | None, typer.Option(help="Makes sampling reproducible.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64; auto is the checkpoint's.")]
 Device = Annotated[str, typer.Option(help="Where the model runs. CUDA has not been run by us.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default torch's choice.")]
-Adapter = Annotated[str | None, typer.Option(help="Not in this version.")]
+Adapter = Annotated[str | None, typer.Option(help="Directory or hub id of a LoRA adapter to put on the model.")]
+MergeAdapter = Annotated[
+    bool, typer.Option("--merge-adapter", help="Put --adapter into the weights: faster, from a longer start.")
+]
 Quantization = Annotated[str | None, typer.Option(help="Not in this version.")]
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -44,8 +47,21 @@ def refuse_later(**options: str | None) -> None:
             raise UnsupportedError(f"--{name} {value}: not in this version; leave it out")
 
 
-def load(path: str, dtype: str, device: str, threads: int | None) -> LLM:
-    """A model ready to write. Raises as `LLM`; `InputError` for a device that does not exist here."""
+ADAPTER = "adapter"
+
+
+def load(
+    path: str,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    adapter: str | None = None,
+    merge: bool = False,
+) -> LLM:
+    """A model ready to write. Raises as `LLM`; `InputError` for a device that does not exist here.
+
+    With `adapter` every request of the run names it (`adapter_name`), unless it is merged.
+    """
     import torch
 
     from nemotron_h.generation import LLM
@@ -56,7 +72,18 @@ def load(path: str, dtype: str, device: str, threads: int | None) -> LLM:
         raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
     if not usable:
         raise InputError(f"--device {device}: it holds no values")
-    return LLM(path, dtype=dtype, device=device, threads=threads)
+    adapters = None if adapter is None else {ADAPTER: adapter}
+    llm = LLM(path, dtype=dtype, device=device, threads=threads, **given(adapters=adapters))
+    if merge:
+        llm.merge_adapter(ADAPTER)
+    return llm
+
+
+def adapter_name(adapter: str | None, merge: bool) -> str | None:
+    """What SamplingParams says of --adapter. Raises `InputError` for --merge-adapter alone."""
+    if merge and adapter is None:
+        raise InputError("--merge-adapter: give --adapter PATH with it")
+    return None if adapter is None or merge else ADAPTER
 
 
 def check_text(text: str, what: str) -> str:

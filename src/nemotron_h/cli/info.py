@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections import Counter
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,12 +15,15 @@ from nemotron_h import family
 from nemotron_h.cli import _options
 from nemotron_h.cli._models import Shape, assignments, shape
 from nemotron_h.cli._output import columns, print_json, size
+from nemotron_h.errors import InputError
 
 if TYPE_CHECKING:
     from nemotron_h.checkpoint.directory import Directory
 
 CONTEXTS = (1024, 8192, 32768)
 FORMATS = ("float32", "bfloat16", "int8", "int4")
+TRAINED = ("float32", "bfloat16")
+LORA_RANK = 16
 
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 _LAYER = re.compile(r"backbone\.layers\.(\d+)\.")
@@ -29,19 +33,31 @@ _STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 def command(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL|PRESET]", show_default=False)] = None,
     changes: _options.Set = None,
+    memory: Annotated[bool, typer.Option("--memory", help="Memory of inference and training instead.")] = False,
+    context: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="With --memory: tokens of each sequence; repeatable.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(metavar="N", help="With --memory: sequences; default 1.")] = None,
     json: _options.Json = False,
 ) -> None:
     """Layer pattern, parameters, bytes by part and memory needed, by arithmetic; no weights are loaded.
 
     MODEL is a checkpoint directory, a config.json or a hub id (of which config.json is fetched). The default is the
     shipped model. Counts are exact, router biases and MTP heads included; memory is weights plus the cache of one
-    sequence, without activations.
+    sequence, without activations. --memory says more of it: the largest layer, --batch sequences of --context tokens,
+    and training all weights or an adapter with AdamW.
     """
-    facts = describe(shape(model, assignments(changes or [])))
+    of = shape(model, assignments(changes or []))
+    if memory:
+        facts = estimate(of, context, 1 if batch is None else batch)
+    elif context or batch is not None:
+        raise InputError("--context and --batch belong to --memory: give it with them")
+    else:
+        facts = describe(of)
     if json:
         print_json(facts)
     else:
-        print("\n".join(_text(facts)))
+        print("\n".join(_estimate_text(facts) if memory else _text(facts)))
 
 
 def describe(of: Shape) -> dict[str, Any]:
@@ -50,7 +66,7 @@ def describe(of: Shape) -> dict[str, Any]:
     stored = _open(of)
     dtype = _dtype(spec)
     count, cache = family.count(spec), family.cache_bytes(spec, dtype)
-    contexts = sorted({*(c for c in CONTEXTS if c < spec.max_position_embeddings), spec.max_position_embeddings})
+    contexts = _contexts(spec)
     return {
         "model": of.name,
         "kind": of.kind,
@@ -71,6 +87,51 @@ def describe(of: Shape) -> dict[str, Any]:
         "memory": {name: _memory(spec, count, name, contexts) for name in FORMATS},
         "files": None if stored is None else _files(stored),
     }
+
+
+def _contexts(spec: Any) -> list[int]:
+    return sorted({*(c for c in CONTEXTS if c < spec.max_position_embeddings), spec.max_position_embeddings})
+
+
+def estimate(of: Shape, contexts: list[int] | None, batch: int) -> dict[str, Any]:
+    """The facts of `--memory`; every size is an integer of bytes, of tensors alone, without activations.
+
+    Raises:
+        InputError: a context or batch below 1. ConfigError, UnsupportedError: as `describe`.
+    """
+    for name, value in (("--batch", batch), *(("--context", c) for c in contexts or ())):
+        if value < 1:
+            raise InputError(f"{name} {value}: must be at least 1")
+    spec = family.describe(of.config)
+    contexts = sorted(set(contexts or _contexts(spec)))
+    largest = family.largest_unit(spec)
+    return {
+        "model": of.name,
+        "kind": of.kind,
+        "parameters": family.count(spec).total,
+        "batch": batch,
+        "largest_layer": {"name": largest.name, "parameters": largest.parameters},
+        "inference": {name: _inference(spec, name, contexts, batch) for name in FORMATS},
+        "training": {name: _training(family.full_training(spec, name)) for name in TRAINED},
+        "lora": {"rank": LORA_RANK, "parameters": family.lora_parameters(spec, LORA_RANK)}
+        | {name: _training(family.lora_training(spec, name, LORA_RANK)) for name in TRAINED},
+    }
+
+
+def _inference(spec: Any, dtype: str, contexts: list[int], batch: int) -> dict[str, Any]:
+    weights = sum(_bytes_by_part(spec, family.count(spec), dtype).values())
+    cache = family.cache_bytes(spec, "float32" if dtype == "float32" else "bfloat16")
+    caches = {str(c): batch * (cache.fixed + c * cache.per_token) for c in contexts}
+    return {
+        "largest_layer": family.largest_unit(spec).weights(dtype),
+        "weights": weights,
+        "cache": caches,
+        "total": {context: weights + size for context, size in caches.items()},
+    }
+
+
+def _training(of: family.Training) -> dict[str, int]:
+    return asdict(of) | {"total": of.total}
 
 
 def _open(of: Shape) -> Directory | None:
@@ -184,3 +245,28 @@ def _text(facts: dict[str, Any]) -> list[str]:
     headers = [f"{int(c):,} tokens" for c in next(iter(memory.values())) if c != "weights"]
     needs = [["memory", "weights", *headers]] + [[name, *map(size, row.values())] for name, row in memory.items()]
     return [*lines, "", *columns(rows), "", *columns(needs)]
+
+
+def _estimate_text(facts: dict[str, Any]) -> list[str]:
+    inference, lora = facts["inference"], facts["lora"]
+    batch, contexts = facts["batch"], [f"{int(c):,} tokens" for c in inference["bfloat16"]["cache"]]
+    rows = [["inference", "largest layer", "weights", *(f"+ {c}" for c in contexts)]]
+    for name, row in inference.items():
+        rows.append([name, *map(size, (row["largest_layer"], row["weights"], *row["total"].values()))])
+    caches = [["cache", *contexts]] + [[name, *map(size, inference[name]["cache"].values())] for name in TRAINED]
+    steps = [["training, AdamW", "weights", "gradients", "masters", "optimizer", "total"]]
+    steps += [[name, *map(size, row.values())] for name, row in facts["training"].items()]
+    steps += [[f"{name}, LoRA r={lora['rank']}", *map(size, lora[name].values())] for name in TRAINED]
+    return [
+        f"model          {facts['model']} ({facts['kind']})",
+        f"parameters     {facts['parameters']:,}",
+        f"largest layer  {facts['largest_layer']['name']}, {facts['largest_layer']['parameters']:,} parameters",
+        f"LoRA           {lora['parameters']:,} parameters on all projections, experts included, rank {lora['rank']}",
+        f"batch          {batch:,}; sizes are those of tensors, activations are not in them",
+        "",
+        *columns(rows),
+        "",
+        *columns(caches),
+        "",
+        *columns(steps),
+    ]

@@ -19,6 +19,15 @@ from nemotron_h.family.arithmetic import (
 from nemotron_h.family.blocks import BLOCKS, BlockType, pattern
 from nemotron_h.family.blocks import add as add_block
 from nemotron_h.family.fields import ACTIVATIONS, ALIASES, FIELDS, MOE_FIELDS, Field
+from nemotron_h.family.memory import (
+    Training,
+    Unit,
+    full_training,
+    largest_unit,
+    lora_parameters,
+    lora_training,
+    units,
+)
 from nemotron_h.family.presets import PRESETS, preset, presets
 from nemotron_h.family.rules import check, check_field
 from nemotron_h.family.spelling import (
@@ -48,6 +57,8 @@ __all__ = [
     "Count",
     "Field",
     "Layer",
+    "Training",
+    "Unit",
     "add_block",
     "cache_bytes",
     "canonical_name",
@@ -57,8 +68,12 @@ __all__ = [
     "count",
     "decode",
     "describe",
+    "full_training",
     "language_model",
+    "largest_unit",
     "layer",
+    "lora_parameters",
+    "lora_training",
     "mtp_layer",
     "mtp_tensors",
     "override",
@@ -68,4 +83,5 @@ __all__ = [
     "read",
     "refuse_typo",
     "tensors",
+    "units",
 ]

@@ -116,7 +116,7 @@ class Count:
     by_part: dict[str, int]
 
 
-def _grouped(config: Any) -> Iterator[tuple[Layer, int, str]]:
+def grouped(config: Any) -> Iterator[tuple[Layer, int, str]]:
     """Distinct blocks with their number, so that a million equal layers cost as much as one."""
     if config.block_configs is None and isinstance(config.intermediate_size, int):
         for block_type, number in Counter(config.layers_block_type).items():
@@ -135,7 +135,7 @@ def count(config: Any) -> Count:
     if not config.tie_word_embeddings:
         parts["lm_head"] = config.vocab_size * hidden
     active = hidden + config.vocab_size * hidden  # final norm and output head; an embedding row is negligible
-    for sizes, number, part in _grouped(config):
+    for sizes, number, part in grouped(config):
         whole, used = _block_count(config, sizes)
         parts[part] += number * (whole + hidden)
         active += 0 if part == "mtp" else number * (used + hidden)

@@ -9,7 +9,7 @@ import copy
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemotron_h.adapters.active import ActiveAdapters
 from nemotron_h.cache import NemotronHHybridDynamicCache
 from nemotron_h.errors import InputError, ModelNotFoundError, UnsupportedError
 from nemotron_h.family.fields import short
@@ -125,11 +126,15 @@ class LLM:
         device: Where the model runs.
         threads: CPU threads while generating; None is torch's setting, but one for a model too small to gain from more.
         max_model_len: Longest prompt plus text; None is the config's `max_position_embeddings`.
-        quantization, speculative, adapters: Not in this version (`UnsupportedError`).
+        adapters: Adapters side by side, name to directory or hub id; a request chooses one by
+            `SamplingParams(adapter=name)`, and without it the model writes as it would without adapters. A model given
+            as an object is wrapped in place, its weights frozen (`load_adapter`).
+        quantization, speculative: Not in this version (`UnsupportedError`).
         max_num_seqs, prefix_cache, num_speculative_tokens: Accepted; this engine runs one sequence at a time, without.
 
     Raises:
-        ModelNotFoundError, CheckpointError, ConfigError: as `NemotronHForCausalLM.from_pretrained`.
+        ModelNotFoundError, CheckpointError, ConfigError: as `NemotronHForCausalLM.from_pretrained`; for adapters as
+            `load_adapter`.
     """
 
     def __init__(
@@ -144,9 +149,9 @@ class LLM:
         prefix_cache: bool = True,
         speculative: str | None = None,
         num_speculative_tokens: int = 3,
-        adapters: Mapping[str, str] | None = None,
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     ) -> None:
-        unsupported = {"quantization": quantization, "speculative": speculative, "adapters": adapters}
+        unsupported = {"quantization": quantization, "speculative": speculative}
         for name, value in unsupported.items():
             if value:
                 raise UnsupportedError(f"LLM({name}={value!r}) is not in this version; leave it out")
@@ -166,6 +171,7 @@ class LLM:
             self.model = NemotronHForCausalLM.from_pretrained(name, dtype=dtype).to(device)
             self._text = Text.load(name)
         self.model.eval()
+        self._adapters = ActiveAdapters(self.model, adapters) if adapters else None
         self.threads = 1 if threads is None and _is_small(self.config) else threads
         self.max_model_len = max_model_len or self.model.config.max_position_embeddings
         self._stats = _Stats()
@@ -173,6 +179,18 @@ class LLM:
     @property
     def config(self) -> Any:
         return self.model.config
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names for `SamplingParams(adapter=...)`."""
+        return self._adapters.names if self._adapters is not None else ()
+
+    def merge_adapter(self, name: str) -> None:
+        """Put an adapter into the weights: every request has it from now on, at the speed of the plain model, and the
+        other adapters are gone. Raises `InputError` for an unknown name."""
+        self._check_adapter(name)
+        assert self._adapters is not None
+        self.model, self._adapters = self._adapters.merge(name), None
 
     @property
     def tokenizer(self) -> Any:
@@ -291,8 +309,14 @@ class LLM:
             if ids and max(ids) >= self.config.vocab_size:
                 end = self.config.vocab_size - 1
                 raise InputError(f"{name} has id {short(max(ids))}, the vocabulary ends at {end}")
+        self._check_adapter(params.adapter)
         if params.stops and self.tokenizer is None:
             raise InputError("stop texts need a tokenizer, which this checkpoint lacks: use stop_token_ids")
+
+    def _check_adapter(self, name: str | None) -> None:
+        if name is not None and name not in self.adapters:
+            known = ", ".join(self.adapters) or "no adapters: give them as LLM(..., adapters={name: path})"
+            raise InputError(f"adapter={short(name)}: this LLM has {known}")
 
     # Running
 
@@ -307,7 +331,8 @@ class LLM:
 
     def _prefill(self, ids: list[int], params: SamplingParams) -> _Prefilled:
         start, count = time.perf_counter(), params.prompt_logprobs
-        logits_TV, cache = self._forward(ids, NemotronHHybridDynamicCache(self.config), all_logits=count is not None)
+        cache = NemotronHHybridDynamicCache(self.config)
+        logits_TV, cache = self._forward(ids, cache, params.adapter, all_logits=count is not None)
         assert cache is not None
         prefilled = _Prefilled(logits_TV[-1], cache)
         if count is not None:
@@ -341,17 +366,21 @@ class LLM:
                 return
             yield Event(text, token, logprobs)
             start = time.perf_counter()
-            logits_V = self._forward([token], cache)[0][-1]
+            logits_V = self._forward([token], cache, params.adapter)[0][-1]
             self._stats.decode.tokens += 1
             self._stats.decode.seconds += time.perf_counter() - start
 
     @torch.no_grad()
     def _forward(
-        self, ids: list[int], cache: NemotronHHybridDynamicCache | None, all_logits: bool = False
+        self,
+        ids: list[int],
+        cache: NemotronHHybridDynamicCache | None,
+        adapter: str | None = None,
+        all_logits: bool = False,
     ) -> tuple[Tensor, NemotronHHybridDynamicCache | None]:
         """Logits [T or 1, V] on the CPU, and the extended cache."""
         input_ids = torch.tensor([ids], dtype=torch.long, device=self.model.device)
-        with _threads(self.threads):
+        with self._adapters.using(adapter) if self._adapters else nullcontext(), _threads(self.threads):
             out = self.model(
                 input_ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=0 if all_logits else 1
             )

@@ -59,8 +59,9 @@ _RULES: dict[str, tuple[str, Check]] = {
     "prompt_logprobs": ("an integer from 0 to 1000 or None", _integer(0, 1000, optional=True)),
     "logit_bias": ("a dict from token ids to numbers from -100 to 100, or None", _bias),
     "n": ("an integer from 1 to 1024", _integer(1, 1024)),
+    "adapter": ("a text or None", lambda v: v is None or isinstance(v, str)),
 }
-_LATER = ("thinking_budget", "json_schema", "regex", "grammar", "adapter")
+_LATER = ("thinking_budget", "json_schema", "regex", "grammar")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +83,11 @@ class SamplingParams:
         logprobs, prompt_logprobs: Log-probabilities of that many best tokens, the actual one always among them.
         logit_bias: Added to the logits of single tokens.
         n: Samples per prompt.
+        adapter: Name of one of the LLM's adapters; None is the model without any.
 
     Raises:
         InputError: naming the parameter, its value and its range.
-        UnsupportedError: thinking_budget, json_schema, regex, grammar and adapter are not in this version.
+        UnsupportedError: thinking_budget, json_schema, regex and grammar are not in this version.
     """
 
     max_tokens: int = 128

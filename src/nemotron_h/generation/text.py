@@ -8,11 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
 from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
-from nemotron_h.errors import CheckpointError, InputError
+from nemotron_h.errors import CheckpointError, InputError, ModelNotFoundError
 
 
 class Text:
@@ -27,16 +29,13 @@ class Text:
         """The tokenizer of a directory or hub id, or none if it has none.
 
         Raises:
-            CheckpointError: there is one, but it cannot be read.
+            CheckpointError: there is one, but it cannot be read. ModelNotFoundError: the hub cannot be asked for it.
         """
-        local = Path(name).is_dir()
-        if local and not (Path(name) / "tokenizer.json").exists():
+        if not _has_tokenizer(name, kwargs):
             return cls(None)
         try:
             return cls(PreTrainedTokenizerFast.from_pretrained(name, **kwargs))
         except Exception as error:  # tokenizers raises bare Exception for a damaged file
-            if isinstance(error, OSError) and not local:
-                return cls(None)  # the repository has none
             files = "tokenizer.json or tokenizer_config.json"
             raise CheckpointError(f"{name}: {files} cannot be read ({error})") from error
 
@@ -102,6 +101,23 @@ class Text:
 
     def decoder(self) -> Decoder:
         return Decoder(self.tokenizer)
+
+
+def _has_tokenizer(name: str, hub: Mapping[str, Any]) -> bool:
+    """Whether there is a tokenizer.json; of a repository only the hub, or the cache's note of its answer, says no."""
+    if Path(name).is_dir():
+        return (Path(name) / "tokenizer.json").exists()
+    where = {key: hub[key] for key in ("cache_dir", "revision") if hub.get(key) is not None}
+    if try_to_load_from_cache(name, "tokenizer.json", **where) is _CACHED_NO_EXIST:
+        return False
+    try:
+        return bool(hf_hub_download(name, "tokenizer.json", **hub))
+    except LocalEntryNotFoundError as error:
+        raise ModelNotFoundError.of(f"{name}: tokenizer.json is not in the cache", error) from error
+    except EntryNotFoundError:
+        return False
+    except (OSError, HTTPError) as error:
+        raise ModelNotFoundError.of(f"{name}: tokenizer.json", error) from error
 
 
 def _unicode(text: str, what: str) -> str:

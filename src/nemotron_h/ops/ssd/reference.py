@@ -66,7 +66,11 @@ def chunk_scan(
     y_BcLGRP = torch.einsum("bcgrls,bcsgrp->bclgrp", score_BcGLS[:, :, :, None] * decay_BcGRLS, u_BcSGRP)
 
     # What each chunk adds to the state at its end, and the recurrence from chunk to chunk.
-    added_BcGRPN = torch.einsum("bcgrs,bcsgrp,bcsgn->bcgrpn", decay_BcGRLS[..., -1, :], u_BcSGRP, B_BcSGN)
+    # B stands first so that the gradient of u has P innermost: inductor (torch 2.13) writes past the end of sums over a
+    # transposed dimension where there are fewer heads than vector lanes.
+    left_BcSGR = decay_BcGRLS[..., -1, :].permute(0, 1, 4, 2, 3)
+    added_BcGNRP = torch.einsum("bcsgn,bcsgrp->bcgnrp", B_BcSGN, left_BcSGR[..., None] * u_BcSGRP)
+    added_BcGRPN = added_BcGNRP.permute(0, 1, 2, 4, 5, 3)
     since_start_BcGRL = torch.exp(dA_BcGRL.cumsum(-1))
     carry_BcGR, reach_BcGRL = since_start_BcGRL[..., -1], since_start_BcGRL
     if doc_BcL is not None:

@@ -1,0 +1,36 @@
+"""Named places in the mixers, for forward hooks that read a value or put another in its stead.
+
+Letters: B batch · T tokens of this pass.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from nemotron_h.layout import Layout
+
+
+class NemotronHPoint(nn.Identity):
+    """A value on its way: no parameters, no buffers, nothing in a state dict.
+
+    `mixer.hook_dt.register_forward_hook(lambda point, args, dt_BTH: ...)` sees the value; what the hook returns, unless
+    it is None, goes on in its place, and gradients flow through either.
+    """
+
+
+def hooked(point: nn.Module) -> bool:
+    """Whether somebody watches: only where nobody does may a kernel skip the value. Global hooks do not count."""
+    watched = (
+        point._forward_hooks or point._forward_pre_hooks or point._backward_hooks or point._backward_pre_hooks
+    )  # fmt: skip
+    return bool(watched) or type(point) is not NemotronHPoint
+
+
+def through(point: nn.Module, x_BTC: Tensor) -> Tensor:
+    """A value by way of a point, which costs next to nothing where nobody watches."""
+    return point(x_BTC) if hooked(point) else x_BTC
+
+
+def in_slots(point: nn.Module, x_BTC: Tensor, layout: Layout) -> Tensor:
+    """Compacted rows by way of a point whose hooks see every token where it stands in the batch."""
+    return layout.compact(point(layout.expand(x_BTC))) if hooked(point) else x_BTC
