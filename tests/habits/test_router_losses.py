@@ -59,8 +59,8 @@ def test_micro_batches_add_up_to_the_batch(depths: int) -> None:
 def packed(rows: list[Tensor], padding: int = 0) -> dict[str, Tensor]:
     """One row of documents; padding stands before the first, as a document of its own, and behind the last."""
     ids = torch.cat([torch.full((padding,), 7), *rows, torch.full((padding,), 7)])
-    seq_idx = torch.cat([torch.zeros(padding), *(torch.full((len(r),), 3.0 * i + 2) for i, r in enumerate(rows)),
-                         torch.full((padding,), 99.0)]).long()  # fmt: skip
+    numbers = [torch.full((len(row),), i * i + 2) for i, row in enumerate(rows)]  # some next to each other, some not
+    seq_idx = torch.cat([torch.zeros(padding), *numbers, torch.full((padding,), 99)]).long()
     mask = (seq_idx % 99 != 0).long()
     return {"input_ids": ids[None], "labels": ids[None], "seq_idx": seq_idx[None], "attention_mask": mask[None]}
 
@@ -79,6 +79,22 @@ def test_packed_documents_have_the_losses_of_the_rows(padding: int, depths: int)
     for term in ("aux_loss", "z_loss"):
         separate = [model(row[None], labels=row[None])[term] for row in rows]
         assert_close(mean[term], torch.stack(separate).mean(), term, BOUND64)
+
+
+@pytest.mark.parametrize("depths", [1, 2])
+def test_padded_rows_have_the_losses_of_the_rows_alone(depths: int) -> None:
+    model = tiny_model(**LOSSES, mtp_loss_depths=depths).double()
+    rows = draw_rows(model, [11, 3, 7, 9], mtp_depths=depths)
+    ids, mask = torch.full((4, 11), 7), torch.zeros(4, 11, dtype=torch.long)
+    for b, row in enumerate(rows):
+        start = b if b < 3 else 0
+        ids[b, start : start + len(row)], mask[b, start : start + len(row)] = row, 1
+    ids[0], mask[0] = rows[0], 1
+    items = sum(len(row) - 1 for row in rows)
+    together = model(ids, attention_mask=mask, labels=ids, num_items_in_batch=items)
+    alone = [model(row[None], labels=row[None], num_items_in_batch=items) for row in rows]
+    expected = alone, backward(model, *(out.loss for out in alone))
+    assert_same(([together], backward(model, together.loss)), expected)
 
 
 class Gates:

@@ -277,3 +277,19 @@ def test_layers_that_are_none(layer: int) -> None:
             inspection.expert_weights(model, ids_BT, layer)
     with pytest.raises(InputError, match="Linear"):
         inspection.effective_attention(torch.nn.Linear(2, 2), ids_BT, 0)
+
+
+@torch.no_grad()
+def test_a_model_with_an_adapter() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = tiny_model()
+    ids_BT = draw_ids(model, 1, 5)
+    expected = [inspection.effective_attention(model, ids_BT, 4), inspection.expert_weights(model, ids_BT, 1)]
+    adapted: Any = get_peft_model(model, LoraConfig(target_modules=["in_proj", "q_proj"]))
+    found = [inspection.effective_attention(adapted, ids_BT, 4), inspection.expert_weights(adapted, ids_BT, 1)]
+    assert_close(found, expected)  # a fresh adapter changes nothing
+    with inspection.record(adapted, "*.layers.0.mixer.hook_dt") as seen:
+        adapted(ids_BT, past_key_values=inspection.cache_from_states(adapted, {0: torch.zeros(1, 6, 8, 16)}))
+    assert list(seen) == ["base_model.model.model.layers.0.mixer.hook_dt"]
+    assert len(seen["base_model.model.model.layers.0.mixer.hook_dt"]) == 1
