@@ -163,8 +163,9 @@ class Loading(PreTrainedModel):
             return
         os.makedirs(save_directory, exist_ok=True)
         tensors = dict(self.state_dict() if state_dict is None else state_dict)
-        for name in self.all_tied_weights_keys:
-            tensors.pop(name, None)
+        if self.config.tie_word_embeddings:
+            for name in self.all_tied_weights_keys:
+                tensors.pop(name, None)
         views = dict(hub_views(tensors))
         specs = [TensorSpec(name, dtype_name(view.dtype), tuple(view.shape)) for name, view in views.items()]
         write_directory(Path(save_directory), specs, views.__getitem__, max_shard_size=_bytes(max_shard_size))
@@ -206,7 +207,7 @@ def _check_files(source: Any, subfolder: str) -> None:
     if (path / "adapter_config.json").exists():
         raise UnsupportedError(
             f"{path}: holds an adapter (adapter_config.json), which from_pretrained does not apply: load the model from"
-            " a directory of its own, then peft.PeftModel.from_pretrained(model, adapter_directory)"
+            " a directory of its own, then nemotron_h.load_adapter(model, adapter_directory)"
         )
     generation = path / "generation_config.json"
     if generation.exists():

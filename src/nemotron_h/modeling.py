@@ -246,11 +246,12 @@ class NemotronHTopkRouter(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, rate: float) -> None:
-        """`bias += rate · sign(mean load - load)` over the tokens seen in training since the last call."""
-        if self.load_E is not None:
-            step_E = rate * torch.sign(self.load_E.mean() - self.load_E)
+        """`bias += rate · sign(mean load - load)` over the tokens seen in training since the last call; the bias of a
+        frozen router stays."""
+        load_E, self.load_E = self.load_E, None
+        if load_E is not None and self.weight.requires_grad:
+            step_E = rate * torch.sign(load_E.mean() - load_E)
             self.e_score_correction_bias += step_E.to(self.e_score_correction_bias)
-            self.load_E = None
 
 
 class NemotronHExperts(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from peft_cases import adapted, build, draw_adapter, logits, plain_model, without, written_out
+from peft_cases import adapted, build, draw_adapter, logits, plain_model, written_out
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -42,7 +42,7 @@ KINDS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"use_rslora": True}, 
 def test_targets_are_the_matrices_of_the_hub_but_embeddings_router_and_convolution(variant: str) -> None:
     model = build(**VARIANTS[variant])
     targets = lora_targets(model)
-    shapes = {name: tuple(t.shape) for name, t in model.named_parameters(remove_duplicate=False)}
+    shapes = {name: tuple(t.shape) for name, t in model.named_parameters()}
     matrices = {n for n, shape in shapes.items() if len(shape) > 1 and not n.endswith(("conv1d.weight", "gate.weight"))}
     expected = matrices - {"model.embeddings.weight"}
     assert {f"{name}.weight" for name in targets["target_modules"]} | set(targets["target_parameters"]) == expected
@@ -96,7 +96,8 @@ def test_an_adapted_model_is_the_model_with_adapted_weights(
     environment(**({"IMPL": impl} if impl == "reference" or _native.levels() else {}))
     model = build(**VARIANTS[variant])
     base = logits(model)
-    targets = without(lora_targets(model), "lm_head") if variant == "tied" else None
+    targets = lora_targets(model)
+    assert ("lm_head" in targets["target_modules"]) is not model.config.tie_word_embeddings
     peft_model = adapted(model, targets=targets, **KINDS[kind])
     result = logits(peft_model)
     assert_close(result, logits(plain_model(peft_model)), kind)
@@ -361,6 +362,7 @@ def test_merging_into_a_tied_head_leaves_the_embeddings_alone(whole: bool, tmp_p
     else:
         peft_model = adapted(model, targets={"target_modules": ["in_proj", "lm_head"]})
     expected = logits(peft_model)
+    peft_model.base_model.disable_adapter_layers()  # merging asks for the adapter by name
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if whole else "error")  # PEFT's, of weights that are tied
         merged = merge_adapter(peft_model)
@@ -369,6 +371,17 @@ def test_merging_into_a_tied_head_leaves_the_embeddings_alone(whole: bool, tmp_p
     assert torch.equal(merged.model.embeddings.weight, embeddings)
     merged.save_pretrained(tmp_path)
     assert torch.equal(logits(NemotronHForCausalLM.from_pretrained(tmp_path)), logits(merged))
+
+
+def test_an_adapter_elsewhere_leaves_a_tied_head_tied() -> None:
+    model = build(**VARIANTS["tied"])
+    peft_model = adapted(model, targets={"target_modules": ["in_proj"]})
+    expected = logits(peft_model)
+    peft_model.add_adapter("head", LoraConfig(target_modules=["lm_head"]))
+    merged: Any = merge_adapter(peft_model, "default")
+    assert_close(logits(merged), expected)
+    assert merged.config.tie_word_embeddings
+    assert merged.lm_head.weight is merged.model.embeddings.weight
 
 
 def test_peft_alone_would_merge_a_tied_head_into_the_embeddings() -> None:

@@ -229,3 +229,17 @@ def test_evaluation_counts_no_load() -> None:
     model(draw_ids(model, 2, 8))
     model.update_router_bias()
     assert torch.equal(model.model.layers[0].mixer.gate.e_score_correction_bias, before)
+
+
+def test_the_bias_of_a_frozen_router_stays() -> None:
+    """As under an adapter: a step of training moves nothing of the base model."""
+    model = tiny_model(hybrid_override_pattern="E").train()
+    router = model.model.layers[0].mixer.gate
+    before = router.e_score_correction_bias.clone()
+    for frozen in (True, False):
+        router.weight.requires_grad_(not frozen)
+        model(draw_ids(model, 2, 12))
+        assert router.load_E is not None
+        model.update_router_bias(0.25)
+        assert router.load_E is None
+        assert torch.equal(router.e_score_correction_bias, before) is frozen

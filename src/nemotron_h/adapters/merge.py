@@ -9,8 +9,6 @@ from nemotron_h.adapters.targets import base_of
 from nemotron_h.errors import InputError
 from nemotron_h.modeling import NemotronHForCausalLM
 
-_TIED = "lm_head.weight"
-
 
 def merge_adapter(peft_model: Any, adapter_name: str | None = None) -> NemotronHForCausalLM:
     """The model inside with an adapter in its weights and without any other, as PEFT's `merge_and_unload`.
@@ -35,17 +33,12 @@ def merge_adapter(peft_model: Any, adapter_name: str | None = None) -> NemotronH
         raise InputError(f"adapter_name={name!r}: the model has {', '.join(peft_model.peft_config)}")
     base: Any = base_of(peft_model)
     peft_model.set_adapter(name, inference_mode=True)
-    tuner: Any = peft_model.base_model
-    tuner.enable_adapter_layers()
     layer: Any = getattr(base, "lm_head", None)
     if base.config.tie_word_embeddings and isinstance(layer, BaseTunerLayer) and _adapts(layer, name):
         head: Any = layer.get_base_layer()
         head.weight = type(head.weight)(head.weight.detach().clone(), requires_grad=False)
         base.config.tie_word_embeddings = False
-    merged: Any = peft_model.merge_and_unload(adapter_names=[name])
-    if not merged.config.tie_word_embeddings:  # by the lines above, or by PEFT for a whole head
-        merged.all_tied_weights_keys.pop(_TIED, None)  # transformers' list, by which weights are saved once
-    return merged
+    return peft_model.merge_and_unload(adapter_names=[name])
 
 
 def _adapts(layer: Any, name: str) -> bool:

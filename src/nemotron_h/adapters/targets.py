@@ -21,7 +21,8 @@ def lora_targets(model: nn.Module) -> dict[str, list[str]]:
 
     Returns:
         `target_modules`: full names of all linears, in the order of the model: Mamba's `in_proj` and `out_proj`,
-        attention, MLP, shared experts, latent projections, `lm_head`, and those of the MTP head where there is one.
+        attention, MLP, shared experts, latent projections, `lm_head` unless it is tied to the embeddings (PEFT would
+        merge an adapter on it into both), and those of the MTP head where there is one.
         `target_parameters`: full names of the stacked weights of routed experts, `....experts.up_proj` [E, F, L] and
         `....experts.down_proj` [E, L, F]. Never among them: the router, the convolution, norms, embeddings.
 
@@ -32,7 +33,10 @@ def lora_targets(model: nn.Module) -> dict[str, list[str]]:
     """
     modules: dict[str, None] = {}
     parameters: dict[str, None] = {}
-    for name, module in named_targets(base_of(model)):
+    base = base_of(model)
+    for name, module in named_targets(base):
+        if name == "lm_head" and base.config.tie_word_embeddings:
+            continue
         if isinstance(module, NemotronHExperts):
             parameters |= dict.fromkeys((f"{name}.up_proj", f"{name}.down_proj"))
         elif isinstance(module, nn.Linear):

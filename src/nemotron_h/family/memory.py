@@ -42,7 +42,8 @@ def units(config: Any) -> Iterator[Unit]:
     hidden, vocab = config.hidden_size, config.vocab_size
     yield Unit("embeddings", 1, vocab * hidden)
     yield Unit("norm_f", 1, hidden)
-    yield Unit("lm_head", 1, 0 if config.tie_word_embeddings else vocab * hidden, lora=vocab + hidden)
+    tied = config.tie_word_embeddings  # then the head has no weights, and no adapter, of its own
+    yield Unit("lm_head", 1, 0 if tied else vocab * hidden, lora=0 if tied else vocab + hidden)
     blocks, seen = len(config.mtp_layers_block_type), 0
     for sizes, number, part in grouped(config):
         unit = _block(config, sizes, number, part)
