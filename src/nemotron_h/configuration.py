@@ -166,6 +166,24 @@ class NemotronHConfig(PreTrainedConfig):
         return super().from_dict(family.override(stored, own), **rest)
 
     @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: Any,
+        cache_dir: Any = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str = "main",
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers, whose 5.20 does not hand on the token."""
+        hub = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
+        config_dict, rest = cls.get_config_dict(
+            pretrained_model_name_or_path, token=token, revision=revision, **hub, **kwargs
+        )
+        return cls.from_dict(config_dict, **rest)
+
+    @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """As in transformers; Puzzle is a model type of ours, not a foreign one to be warned about."""
         model_type = kwargs.pop("model_type", None)
