@@ -170,3 +170,19 @@ def test_parity_is_within_the_bound() -> None:
     printed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     single, double = (float(figure) for figure in re.findall(r"float(?:32|64) (\S+?)[, ]", printed + " "))
     assert 0 < double < 1e-10 < single < 2e-4
+
+
+def test_the_compatibility_table_has_every_habit_and_no_failure() -> None:
+    page = (ROOT / "docs" / "compatibility.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "`tests/" in line]
+    listed = {file for row in rows for file in re.findall(r"`(tests/[^`]+)`", row)}
+    habits = {str(file.relative_to(ROOT)) for file in (ROOT / "tests" / "habits").glob("test_*.py")}
+    assert habits <= listed
+    assert all((ROOT / file).exists() for file in listed)
+    (promised,) = re.findall(r'"transformers>=([\d.]+),<', (ROOT / "pyproject.toml").read_text())
+    header = next(line for line in page.splitlines() if line.startswith("| habit"))
+    assert f"transformers {promised}." in header
+    for row in rows:
+        results = [cell.strip() for cell in row.strip("|").split("|")][2:]
+        assert len(results) == header.count("transformers "), row
+        assert all(re.fullmatch(r"\d+ passed", result) for result in results), row
