@@ -69,7 +69,7 @@ class NemotronHGenerationMixin(GenerationMixin):
         """As transformers', also behind a filled cache: there it would have the model read the cached tokens again."""
         cache, mask_BT = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         past, given = 0 if cache is None else cache.get_seq_length(), input_ids.shape[1]
-        width = generation_config._mask_length if mask_BT is None else mask_BT.shape[1]
+        width = getattr(generation_config, "_mask_length", -1) if mask_BT is None else mask_BT.shape[1]
         if width == given > past > 0:  # the whole text: a mask says so to prepare_inputs_for_generation
             kwargs["attention_mask"] = torch.ones_like(input_ids) if mask_BT is None else mask_BT
         elif past and mask_BT is not None:  # new tokens only; the cache knows the padding before them

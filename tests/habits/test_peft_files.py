@@ -478,18 +478,24 @@ def test_damaged_weights(tiny: Path) -> None:
 
 
 class Bomb:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
     def __reduce__(self) -> Any:
-        return (open, ("/tmp/nemotron_h_adapter_was_unpickled", "w"))
+        return (open, (str(self.mark), "w"))
 
 
-def test_pickle_is_never_read(tiny: Path) -> None:
-    (tiny / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
+def test_pickle_is_never_read(tiny: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "unpickled"
+    (tiny / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(mark)))
     load_adapter(build(), tiny)
     (tiny / WEIGHTS).unlink()
     refused(tiny, CheckpointError, "pickle")
     (tiny / "adapter_model.bin").rename(tiny / WEIGHTS)
     refused(tiny, CheckpointError, WEIGHTS)
-    assert not Path("/tmp/nemotron_h_adapter_was_unpickled").exists()
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Bomb(mark)))
+    assert mark.exists(), "the bomb would have gone off"
 
 
 def test_directories_without_an_adapter(tiny: Path, tmp_path: Path) -> None:
