@@ -508,6 +508,7 @@ def test_directories_without_an_adapter(tiny: Path, tmp_path: Path) -> None:
     refused(tmp_path / "model", CheckpointError, "holds a model")
     refused(tmp_path / "half", CheckpointError, f"no {WEIGHTS}")
     refused(tmp_path / "nowhere", ModelNotFoundError, "nowhere")
+    refused(Path("nowhere"), ModelNotFoundError, "not a hub id")
     refused(tmp_path / "file", ModelNotFoundError, "file")
     refused(Path("a b"), ModelNotFoundError, "hub id")
     with pytest.raises(InputError, match="int"):

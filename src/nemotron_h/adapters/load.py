@@ -100,7 +100,7 @@ def _find(path: str | os.PathLike[str], subfolder: str, hub: Mapping[str, Any]) 
     name = os.fspath(path)
     directory = Path(name, subfolder)
     if not Path(name).exists():
-        if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
             raise ModelNotFoundError(f"{name}: no such directory, and not a hub id (owner/name)")
         hub = {**hub, "subfolder": subfolder or None}
         return _download(name, CONFIG, hub), _download(name, WEIGHTS, hub)
