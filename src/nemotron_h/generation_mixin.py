@@ -38,8 +38,11 @@ class NemotronHGenerationMixin(GenerationMixin):
         """Put our cache into `model_kwargs`; a caller's is checked, an empty DynamicCache becomes ours."""
         if max_cache_length + 1 > self.config.max_position_embeddings:
             _warn_length(max_cache_length + 1, self.config.max_position_embeddings)
-        # An assistant's wrong logits would only be bad drafts; its mask may be a guess from pad ids in the text.
-        if _right_padded(model_kwargs.get("attention_mask")) and not getattr(generation_config, "is_assistant", False):
+        if getattr(generation_config, "is_assistant", False):
+            # The model reads its prompt in one piece when it is assisted, and so does the assistant: transformers 5.20
+            # gives a wrong mask to pieces behind a cache.
+            generation_config.prefill_chunk_size = None
+        if _right_padded(model_kwargs.get("attention_mask")):
             _refuse_right_padding(generation_config, generation_mode)
         given = model_kwargs.get("past_key_values")
         if given is not None:

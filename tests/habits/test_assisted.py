@@ -97,6 +97,16 @@ def test_sampled_drafts_keep_the_distribution() -> None:
     assert float(((counts - expected) ** 2 / expected).sum()) < 60  # 24 degrees of freedom: 99.99 % lie below 56
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_prompts_in_pieces(seed: int) -> None:
+    """Also where the text ends with a pad id, from which transformers guesses padding for the assistant."""
+    model = tiny_model(hybrid_override_pattern="*M", vocab_size=5).double()
+    assistant = assistants(model)["other"]
+    ids = torch.cat([draw_ids(model, 1, 8, seed=seed), torch.tensor([[model.config.pad_token_id]])], dim=1)
+    expected = greedy(model, ids)
+    assert torch.equal(greedy(model, ids, assistant_model=assistant, prefill_chunk_size=3), expected)
+
+
 def test_refusals() -> None:
     model = tiny_model()
     ids = draw_ids(model, 1, 4)

@@ -42,7 +42,7 @@ def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
 
 PAIRS = [
     ("The weather was", " good"), ("The weather was", " a very long answer"), ("", "Elizabeth"), ("A horse is ", "a"),
-    ("The weather was", " good"), ("word " * 30, "and the end"),
+    ("The weather was", " not at all fine"), ("The weather was", " good"), ("word " * 30, "and the end"),
 ]  # fmt: skip
 
 

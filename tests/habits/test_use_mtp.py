@@ -10,7 +10,7 @@ from torch import Tensor
 from helpers import BIASED, assert_close, draw_ids, tiny_model
 from nemotron_h import InputError, NemotronHForCausalLM, UnsupportedError, demo_model
 from nemotron_h.cache import JOURNAL
-from nemotron_h.drafting import DRAFTS, MTPDrafter
+from nemotron_h.drafting import DRAFTS, MTPCandidateGenerator, MTPDrafter
 
 GREEDY = {"max_new_tokens": 20, "eos_token_id": None, "do_sample": False}
 HEADS = [(1, ["attention", "moe"]), (2, ["mamba", "mlp"]), (3, ["attention", "moe"]), (1, ["mamba", "attention"])]
@@ -101,9 +101,19 @@ def test_padded_row_and_continued_cache() -> None:
     assert first.past_key_values.get_seq_length() == 13
     rest = {**GREEDY, "max_new_tokens": 15, "use_mtp": True}
     for ids_given in (first.sequences, first.sequences[:, 13:]):
-        cache = copy.deepcopy(first.past_key_values)
-        second = model.generate(ids_given, past_key_values=cache, **rest)
-        assert torch.equal(second[:, -15:], expected[:, -15:])
+        for mask in (None, torch.ones(1, 14, dtype=torch.long)):
+            cache = copy.deepcopy(first.past_key_values)
+            second = model.generate(ids_given, attention_mask=mask, past_key_values=cache, **rest)
+            assert torch.equal(second[:, -15:], expected[:, -15:])
+    behind_padding = model.generate(
+        width[0], attention_mask=width[1], **{**GREEDY, "max_new_tokens": 5}, return_dict_in_generate=True
+    )
+    whole = torch.nn.functional.pad(width[1], (0, 5), value=1)
+    third = model.generate(
+        behind_padding.sequences[:, -1:], attention_mask=whole, past_key_values=behind_padding.past_key_values, **rest
+    )
+    assert torch.equal(third[:, -15:], expected[:, -15:])
+
     mask = torch.tensor([[1] * 13 + [0, 1]])
     with pytest.raises(UnsupportedError, match="without padding"):
         model.generate(ids_given.repeat(1, 2), past_key_values=cache, attention_mask=mask, **rest)
@@ -130,6 +140,22 @@ def test_penalties_stops_scores_and_streams() -> None:
         model.generate(ids, **options, eos_token_id=eos, use_mtp=True).sequences,
         model.generate(ids, **options, eos_token_id=eos).sequences,
     )
+
+
+def test_processors_choose_the_drafts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, forbidden, drafts = with_head(vocab_size=11), [0, 1, 2, 3, 4, 5, 6], []
+    plain = MTPCandidateGenerator.get_candidates
+
+    def spied(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        candidates, scores = plain(self, input_ids, *args, **kwargs)
+        drafts.extend(candidates[0, input_ids.shape[1] :].tolist())
+        return candidates, scores
+
+    monkeypatch.setattr(MTPCandidateGenerator, "get_candidates", spied)
+    ids = draw_ids(model, 1, 6)
+    model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, use_mtp=True, suppress_tokens=forbidden)
+    assert drafts
+    assert not set(drafts) & set(forbidden)
 
 
 def test_streamed_in_pieces() -> None:

@@ -1,5 +1,6 @@
 """What `forward` may be asked for: part of the logits, tuples, inner tensors; and what it refuses."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -77,6 +78,27 @@ def test_inner_tensors_only_when_asked_for() -> None:
     asked = model(ids)
     assert_close([*asked.router_logits, *asked.hidden_states], [*out.router_logits, *out.hidden_states])
     assert model(ids, output_router_logits=False).router_logits is None
+
+
+@torch.no_grad()
+def test_only_the_last_hidden_states() -> None:
+    """-1, as transformers' speculative decoding asks."""
+    model = tiny_model()
+    ids = draw_ids(model, 2, 9)
+    (last,) = model(ids, output_hidden_states=-1).hidden_states
+    assert torch.equal(last, model(ids, output_hidden_states=True).hidden_states[-1])
+
+
+@pytest.mark.parametrize("asked", [None, True])
+@torch.no_grad()
+def test_hidden_states_that_nobody_wants_are_let_go(asked: bool | None) -> None:
+    """Else a long prompt would hold the output of every block."""
+    model, alive = tiny_model(hybrid_override_pattern="M-M-"), []
+    watched: list[Any] = []
+    model.model.layers[0].register_forward_hook(lambda *args: watched.append(weakref.ref(args[2])))
+    model.model.layers[3].register_forward_hook(lambda *_: alive.append(watched[0]() is not None))
+    model(draw_ids(model, 2, 9), output_hidden_states=asked)
+    assert alive == [bool(asked)]
 
 
 @torch.no_grad()

@@ -88,6 +88,20 @@ def test_holds_what_a_growing_cache_holds(mask: Tensor | None) -> None:
     assert addresses(cache) == before
 
 
+@torch.no_grad()
+def test_slots_that_were_padding_may_be_real_after_a_crop() -> None:
+    model = tiny_model(hybrid_override_pattern="M*")
+    ids, new = draw_ids(model, 3, 6), draw_ids(model, 3, 2, seed=1)
+    caches = [static(model, 9), fill(model, ids[:, :0])]
+    for cache in caches:
+        cache.activate_past_recording()
+        model(ids, attention_mask=MASK.flip(1), past_key_values=cache)
+        cache.crop(-2)
+    found, expected = (model(new, past_key_values=cache).logits for cache in caches)
+    assert_close(found, expected)
+    assert_same(*caches)
+
+
 def test_addresses_and_shapes_stay() -> None:
     model, seen = tiny_model(hybrid_override_pattern="ME*-M*"), []
 
@@ -105,9 +119,11 @@ def test_addresses_and_shapes_stay() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["ME*-M", "MM"])
-def test_a_compiled_step_is_compiled_once(pattern: str) -> None:
+@pytest.mark.parametrize("padding", [0, 2])
+def test_a_compiled_step_is_compiled_once(pattern: str, padding: int) -> None:
     model = tiny_model(hybrid_override_pattern=pattern)
-    mask = torch.ones_like(draw_ids(model, 2, 6))  # else generate takes pad ids in a prompt for padding
+    mask = torch.ones(2, 6, dtype=torch.long)  # else generate takes pad ids in a prompt for padding
+    mask[0, :padding] = 0
     expected = [model.generate(draw_ids(model, 2, 6, seed=seed), attention_mask=mask, **GREEDY) for seed in (1, 2)]
     counter, forward = CompileCounterWithBackend("eager"), model.forward
     model.forward = torch.compile(forward, backend=counter, fullgraph=True)
