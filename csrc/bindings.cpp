@@ -7,9 +7,11 @@
 #include <nanobind/stl/vector.h>
 
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.h"
+#include "pool.h"
 
 namespace nb = nanobind;
 using namespace nemotron_h;
@@ -48,12 +50,25 @@ nb::dict features() {
     return d;
 }
 
+// How an argument of a kernel arrives from Python: an address, a number, or a code.
+template <typename T>
+struct Wire {
+    using type = std::conditional_t<std::is_enum_v<T>, int, T>;
+    static T take(type value) { return static_cast<T>(value); }
+};
+template <typename T>
+struct Wire<T*> {
+    using type = uintptr_t;
+    static T* take(type value) { return address<T>(value); }
+};
+
 // The kernels of one level, as a Python object with one method per kernel.
 class Table {
   public:
     explicit Table(const std::string& level) : level_(level), kernels_(find(level)) {}
 
     const std::string& level() const { return level_; }
+    const Kernels& kernels() const { return kernels_; }
 
     void rms_norm(uintptr_t x, uintptr_t weight, uintptr_t out, size_t rows, size_t cols, size_t x_row_stride, float eps,
                   int x_dtype, int weight_dtype) const {
@@ -77,6 +92,21 @@ class Table {
     const Kernels& kernels_;
 };
 
+enum class Gil { keep, release };  // release: for kernels that take tens of microseconds or more
+
+// One method of `Table` from a kernel's own signature.
+template <Gil gil, typename Result, typename... Args>
+void def_kernel(nb::class_<Table>& table, const char* name, Result (*Kernels::*member)(Args...) noexcept) {
+    table.def(name, [member](const Table& self, typename Wire<Args>::type... args) -> Result {
+        if constexpr (gil == Gil::release) {
+            nb::gil_scoped_release unlocked;
+            return (self.kernels().*member)(Wire<Args>::take(args)...);
+        } else {
+            return (self.kernels().*member)(Wire<Args>::take(args)...);
+        }
+    });
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -84,8 +114,30 @@ NB_MODULE(_native, m) {
     m.attr("interface_version") = interface_version;
     m.def("levels", &levels, "The kernel levels that this CPU runs, lowest first.");
     m.def("cpu_features", &features, "Instruction sets that CPU and operating system allow: name to bool.");
-    nb::class_<Table>(m, "Kernels", "The kernels of one level.")
-        .def(nb::init<const std::string&>(), nb::arg("level"))
+    m.def("set_threads", &set_threads, "Threads of a parallel region, the caller among them.");
+    m.def("threads", &threads);
+    m.def("panel_bytes", [](int format, size_t cols, size_t group) {
+        return panel_bytes(static_cast<Format>(format), cols, group);
+    });
+    m.def("linear_scratch", [](size_t M, size_t K, int format, int arithmetic) {
+        return linear_scratch(M, K, static_cast<Format>(format), static_cast<Arithmetic>(arithmetic));
+    });
+    m.def("experts_scratch", [](size_t M, size_t k, size_t E, size_t L, size_t F, int format, int arithmetic) {
+        return experts_scratch(M, k, E, L, F, static_cast<Format>(format), static_cast<Arithmetic>(arithmetic));
+    });
+    m.def("advise_huge_pages", [](uintptr_t p, size_t bytes) { return advise_huge_pages(address<void>(p), bytes); });
+    nb::class_<Table> table(m, "Kernels", "The kernels of one level.");
+    table.def(nb::init<const std::string&>(), nb::arg("level"))
         .def_prop_ro("level", &Table::level)
         .def("rms_norm", &Table::rms_norm);
+    def_kernel<Gil::release>(table, "router", &Kernels::router);
+    def_kernel<Gil::release>(table, "sample", &Kernels::sample);
+    def_kernel<Gil::release>(table, "linear", &Kernels::linear);
+    def_kernel<Gil::release>(table, "experts", &Kernels::experts);
+    def_kernel<Gil::release>(table, "pack", &Kernels::pack);
+    def_kernel<Gil::release>(table, "ssd_step", &Kernels::ssd_step);
+    def_kernel<Gil::release>(table, "causal_conv1d", &Kernels::causal_conv1d);
+    def_kernel<Gil::release>(table, "gated_rms_norm", &Kernels::gated_rms_norm);
+    def_kernel<Gil::release>(table, "time_step", &Kernels::time_step);
+    def_kernel<Gil::release>(table, "attention", &Kernels::attention);
 }

@@ -40,7 +40,7 @@ CpuFeatures detect() noexcept {
     unsigned a, b, c, d;
     auto bit = [](unsigned word, int position) { return ((word >> position) & 1u) != 0; };
     if (!__get_cpuid(1, &a, &b, &c, &d) || !bit(c, 27)) return f;  // 27: OSXSAVE, without which xgetbv would trap
-    const bool has_fma = bit(c, 12);
+    const bool has_fma = bit(c, 12) && bit(c, 29);  // 29: F16C, which came to CPUs before FMA
     const uint64_t state = saved_register_state();
     const bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6, tiles = (state & 0x60000) == 0x60000;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return f;
@@ -61,10 +61,13 @@ CpuFeatures detect() noexcept {
     return f;
 }
 
-constexpr Kernels generic_kernels = {generic::rms_norm};
+#define NEMOTRON_H_GENERIC(type, name) generic::name,
+constexpr Kernels generic_kernels = {NEMOTRON_H_KERNELS(NEMOTRON_H_GENERIC)};
 #if defined(__x86_64__)
-constexpr Kernels avx2_kernels = {avx2::rms_norm};
-constexpr Kernels avx512_kernels = {avx512::rms_norm};
+#define NEMOTRON_H_AVX2(type, name) avx2::name,
+#define NEMOTRON_H_AVX512(type, name) avx512::name,
+constexpr Kernels avx2_kernels = {NEMOTRON_H_KERNELS(NEMOTRON_H_AVX2)};
+constexpr Kernels avx512_kernels = {NEMOTRON_H_KERNELS(NEMOTRON_H_AVX512)};
 #endif
 
 }  // namespace

@@ -4,8 +4,9 @@
 // checked shapes, dtypes and strides, so a kernel neither validates nor throws. Each file in kernels/ is compiled once
 // per level, into the namespace of that level; isa.cpp gathers them in one table of function pointers per level.
 //
-// Contract of all kernels: the bits of the result depend on the values alone, not on the level, the number of rows, the
-// alignment or the strides. That is what lets one machine check another, and a decode step repeat a prefill.
+// Contract of all kernels: the bits of the result depend on the values alone, not on the level, the number of rows or of
+// threads, the alignment or the strides. That is what lets one machine check another, and a decode step repeat a prefill.
+// Kernels that run on the pool (pool.h) count subnormals as zero.
 #pragma once
 
 #include <cstddef>
@@ -14,7 +15,7 @@
 namespace nemotron_h {
 
 // Raised whenever a signature below changes; src/nemotron_h/ops/_native.py refuses a library with another number.
-constexpr int interface_version = 1;
+constexpr int interface_version = 2;
 
 // Totally ordered: a CPU that has one level has all the lower ones.
 enum class Level : int { generic = 0, avx2 = 1, avx512 = 2, amx = 3 };
@@ -22,22 +23,141 @@ constexpr int level_count = 4;
 
 enum class Dtype : int { float32 = 0, bfloat16 = 1 };
 
+// Of a weight matrix: plain rows in one of the dtypes, or packed (formats.h).
+enum class Format : int {
+    float32 = 0, bfloat16 = 1, int8 = 2, int4 = 3, grouped8 = 4, grouped4 = 5, grouped8_min = 6, grouped4_min = 7,
+};
+enum class ScaleType : int { float16 = 0, bfloat16 = 1 };  // of grouped formats
+enum class Activation : int { none = 0, relu2 = 1 };
+enum class Arithmetic : int { integer = 0, floating = 1 };  // of activations that meet packed weights
+
 // out[r, c] = weight[c] · x[r, c] / sqrt(mean over c of x[r, c]² + eps), float32 inside, rounded once to x's dtype.
 // x: rows × cols with x_row_stride elements from row to row; weight: cols; out: rows × cols, contiguous. cols ≥ 1.
 using RmsNorm = void(const void* x, const void* weight, void* out, size_t rows, size_t cols, size_t x_row_stride,
                      float eps, Dtype x_dtype, Dtype weight_dtype) noexcept;
 
-struct Kernels {
-    RmsNorm* rms_norm;
+// out[m, n] = act(Σ_k x[m, k] · w[n, k] + bias[n]), the sum in float32, for M rows of x against an N × K matrix.
+// Plain weights (x has their dtype): two chains over the even and the odd k of each 32, from zero, then added to the sum,
+// which is how the matrix units add. Packed weights: activations become int8 with a scale per 128 k, blocks are summed
+// exactly and enter the sum by one fused multiply-add in the order of k; or, Arithmetic::floating, x stays float32.
+// w: plain rows at w_stride elements, or panels. x: rows at x_stride elements; out: rows at out_stride. bias may be null.
+// scratch: linear_scratch bytes, 64-byte aligned.
+using Linear = void(const void* x, Dtype x_dtype, size_t x_stride, size_t M, const void* w, Format format, size_t w_stride,
+                    size_t N, size_t K, size_t group, ScaleType scale_type, Arithmetic arithmetic, const void* bias,
+                    Dtype bias_dtype, Activation activation, void* out, Dtype out_dtype, size_t out_stride,
+                    void* scratch) noexcept;
+size_t panel_bytes(Format format, size_t cols, size_t group) noexcept;  // of a packed matrix's 16 rows
+size_t linear_scratch(size_t M, size_t K, Format format, Arithmetic arithmetic) noexcept;
+
+// Routed experts: out[m] = Σ over m's k experts e, in the order given, of weight · down_e(relu²(up_e(x[m]))), all sums in
+// float32. experts: M × k ids. up: E matrices F × L, down: E matrices L × F, at *_bytes from one to the next (plain rows
+// are contiguous). Each expert that any row chose is read once for up to 8 rows. Biases (float32, [E, F] and [E, L]) may
+// be null. Scratch: experts_scratch bytes. Returns false, with nothing written, if an id is outside [0, E).
+using Experts = bool(const void* x, Dtype x_dtype, size_t x_stride, size_t M, size_t k, size_t E, const int64_t* experts,
+                     const float* weights, const void* up, size_t up_bytes, const void* down, size_t down_bytes,
+                     Format format, size_t group, ScaleType scale_type, Arithmetic arithmetic, size_t L, size_t F,
+                     const float* up_bias, const float* down_bias, void* out, Dtype out_dtype, void* scratch) noexcept;
+size_t experts_scratch(size_t M, size_t k, size_t E, size_t L, size_t F, Format format, Arithmetic arithmetic) noexcept;
+
+// Packs rows [0, rows) of a float32 matrix (rows × cols, contiguous) into own int8 or int4 panels; rows beyond the last
+// are zero. Returns false, with the panels in no particular state, if a value is not finite.
+using Pack = bool(const float* w, size_t rows, size_t cols, Format format, void* panels) noexcept;
+
+// The recurrence of Mamba-2 over T ≤ 8 tokens for each of batch × H states of P × N: h = exp(dt·A)·h + (dt·x) ⊗ B,
+// y = h·C + D·x, float32 inside. Head i uses group i / (H / G); where dt is 0 the state keeps its bits. x: [batch, T, H, P],
+// B and C: [batch, T, G, N], with the strides given and contiguous rows, all of x's dtype. dt: [batch, T, H], A, D: [H],
+// y: [batch, T, H, P], contiguous. state: [batch, H, P, N], contiguous, null for zeros; out_state may be state itself.
+using SsdStep = void(const void* x, const float* dt, const float* A, const void* B, const void* C, const void* D,
+                     const void* state, void* out_state, float* y, size_t batch, size_t T, size_t H, size_t P, size_t G,
+                     size_t N, size_t x_batch, size_t x_token, size_t x_head, size_t B_batch, size_t B_token,
+                     size_t B_group, size_t C_batch, size_t C_token, size_t C_group, Dtype x_dtype, Dtype D_dtype,
+                     Dtype state_dtype, Dtype out_dtype) noexcept;
+
+// out[b, t, c] = silu(bias[c] + Σ_k weight[c, k] · x[b, t - (K-1) + k, c]), float32 inside, for K = 2 to 5. Inputs before the
+// first are the window's (element [b, c, k] at the strides given; null: zeros). x: rows of C contiguous channels.
+// weight: C × K, contiguous; bias may be null; out: [batch, T, C], contiguous. new_window: [batch, K-1, C], contiguous,
+// the last K-1 inputs. x, window, out and new_window have one dtype.
+using CausalConv1d = void(const void* x, const void* weight, const void* bias, const void* window, void* out,
+                          void* new_window, size_t batch, size_t T, size_t C, size_t K, size_t x_batch, size_t x_token,
+                          size_t window_batch, size_t window_channel, size_t window_step, Dtype x_dtype,
+                          Dtype weight_dtype, Dtype bias_dtype) noexcept;
+
+// u = y·silu(z); out = weight · u / sqrt(mean of u² over its group + eps), float32 inside, rounded once to z's dtype.
+// y, z: rows of groups × cols contiguous channels at one distance; weight: groups × cols; out: contiguous.
+using GatedRmsNorm = void(const void* y, const void* z, const void* weight, void* out, size_t rows, size_t groups,
+                          size_t cols, size_t y_row_stride, size_t z_row_stride, float eps, Dtype y_dtype, Dtype z_dtype,
+                          Dtype weight_dtype) noexcept;
+
+// out[b, t, h] = clamp(softplus(dt[b, t, h] + bias[h]), low, high), double inside. dt: rows of H contiguous elements.
+using TimeStep = void(const void* dt, const void* bias, float* out, size_t batch, size_t T, size_t H, size_t dt_batch,
+                      size_t dt_token, float low, float high, Dtype dt_dtype, Dtype bias_dtype) noexcept;
+
+// Routing of M tokens among E experts (numerics.md, "Router and MoE"): logits[m, e] = Σ_d x[m, d] · weight[e, d] in float32,
+// in 64 chains; s = sigmoid(logits); top_k experts of the greatest s + bias, within the topk_group best of n_group equal
+// groups; NaN counts as the greatest, of equals the lower id is taken. x: rows at x_stride elements; weight: E × D,
+// contiguous. experts, weights: M × top_k, ids ascending; logits: M × E. E <= router_experts, n_group divides E.
+constexpr size_t router_experts = 512;
+using Router = void(const void* x, Dtype x_dtype, size_t x_stride, size_t M, const void* weight, Dtype weight_dtype,
+                    size_t E, size_t D, const float* bias, size_t top_k, size_t n_group, size_t topk_group, bool norm,
+                    float scaling, int64_t* experts, float* weights, float* logits) noexcept;
+
+// What one call of `attention` works on; strides in elements.
+constexpr size_t attention_max_queries = 8, attention_max_size = 256;
+struct AttentionShape {
+    size_t batch, queries, heads, repeats, keys, size;  // heads: of keys; each serves `repeats` query heads
+    size_t causal;                                      // 1: query t sees keys 0..t
+    size_t k_stride[3], v_stride[3];                    // batch, head, key; channels are contiguous
+    size_t k_scale_stride[2], v_scale_stride[2];        // batch, head; keys are contiguous
+    size_t visible_stride[3];                           // batch, query, key
 };
 
-#define NEMOTRON_H_DECLARE_KERNELS(level) \
-    namespace level {                     \
-    RmsNorm rms_norm;                     \
-    }
-NEMOTRON_H_DECLARE_KERNELS(generic)
-NEMOTRON_H_DECLARE_KERNELS(avx2)
-NEMOTRON_H_DECLARE_KERNELS(avx512)
+// out[b, t, h] = Σ_s p[s] · v[b, h / repeats, s], p the softmax over the visible s of q[b, t, h] · k[b, h / repeats, s] /
+// sqrt(size), all in float32. q, out: batch × queries × (heads · repeats) × size, contiguous. k_scale, v_scale: null, or
+// k and v are int8 and stand for themselves times these. visible: bytes 0 or 1, or null: all are. Each query must see a
+// key. scratch: batch · heads · ⌈keys / 256⌉ · queries · repeats · (size rounded up to 16, + 2) + 16 floats.
+using Attention = void(const AttentionShape* shape, const void* q, Dtype q_dtype, const void* k, const void* v,
+                       Dtype kv_dtype, const float* k_scale, const float* v_scale, const uint8_t* visible,
+                       float* scratch, void* out) noexcept;
+
+// One token from V finite logits, -1 if any is not finite. temperature 0: the greatest. Else the first id at which the sum
+// of weights exp((logit - greatest) / temperature) of the tokens that top_k (0: all), top_p and min_p leave exceeds u times
+// their total, u in [0, 1). Ties go to the lower ids. scratch: sample_scratch(V) floats.
+using Sample = int64_t(const float* logits, size_t V, float temperature, size_t top_k, double top_p, float min_p, double u,
+                       float* scratch) noexcept;
+constexpr size_t sample_scratch(size_t V) { return 2 * V + 32; }
+
+// One line per kernel: its type and its name. The table, the declarations and isa.cpp follow from it.
+#define NEMOTRON_H_KERNELS(kernel) \
+    kernel(RmsNorm, rms_norm)      \
+    kernel(Router, router)         \
+    kernel(Sample, sample)         \
+    kernel(Linear, linear)         \
+    kernel(Experts, experts)       \
+    kernel(Pack, pack)             \
+    kernel(SsdStep, ssd_step)      \
+    kernel(CausalConv1d, causal_conv1d) \
+    kernel(GatedRmsNorm, gated_rms_norm) \
+    kernel(TimeStep, time_step) \
+    kernel(Attention, attention)
+
+struct Kernels {
+#define NEMOTRON_H_MEMBER(type, name) type* name;
+    NEMOTRON_H_KERNELS(NEMOTRON_H_MEMBER)
+};
+
+#define NEMOTRON_H_DECLARE(type, name) type name;
+namespace generic {
+NEMOTRON_H_KERNELS(NEMOTRON_H_DECLARE)
+}
+namespace avx2 {
+NEMOTRON_H_KERNELS(NEMOTRON_H_DECLARE)
+}
+namespace avx512 {
+NEMOTRON_H_KERNELS(NEMOTRON_H_DECLARE)
+}
+
+// memory.cpp: whole 2 MiB pages for the memory [p, p + bytes), before it is touched. Bytes of it that may become huge.
+size_t advise_huge_pages(void* p, size_t bytes) noexcept;
 
 // isa.cpp
 struct CpuFeatures {

@@ -42,11 +42,22 @@ inline f32x16 fill(float a) { return {_mm512_set1_ps(a)}; }
 inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline f32x16 mul(f32x16 a, f32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline f32x16 add(f32x16 a, f32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline f32x16 sub(f32x16 a, f32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline f32x16 div(f32x16 a, f32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline f32x16 max(f32x16 a, f32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline f32x16 min(f32x16 a, f32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline f32x16 abs(f32x16 a) { return {_mm512_abs_ps(a.v)}; }
+inline f32x16 times_power(f32x16 a, f32x16 t) {
+    const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(t.v), 23);
+    return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), n))};
+}
 
 inline f32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline f32x16 load(const float* p, size_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
 inline void store(float* p, f32x16 a) { _mm512_storeu_ps(p, a.v); }
 inline void store(float* p, f32x16 a, size_t n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+inline void stream(float* p, f32x16 a) { _mm512_stream_ps(p, a.v); }
+inline void stream_end() { _mm_sfence(); }
 
 inline f32x16 widen(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
 inline f32x16 load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
@@ -63,6 +74,12 @@ inline __m256i narrow(f32x16 a) {
 inline void store(bf16* p, f32x16 a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
 inline void store(bf16* p, f32x16 a, size_t n) { _mm256_mask_storeu_epi16(p, first(n), narrow(a)); }
 
+inline uint32_t mask_at_least(f32x16 a, f32x16 bound) { return _mm512_cmp_ps_mask(a.v, bound.v, _CMP_GE_OQ); }
+inline f32x16 where(uint32_t mask, f32x16 a) { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(mask), a.v)}; }
+inline void compress(float* p, f32x16 a, uint32_t mask) {
+    _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), a.v));
+}
+
 inline __m256 fold(f32x16 a) { return _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)); }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -78,12 +95,30 @@ inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
 }
 inline f32x16 mul(f32x16 a, f32x16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
 inline f32x16 add(f32x16 a, f32x16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+inline f32x16 sub(f32x16 a, f32x16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+inline f32x16 div(f32x16 a, f32x16 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+inline f32x16 max(f32x16 a, f32x16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+inline f32x16 min(f32x16 a, f32x16 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+inline f32x16 abs(f32x16 a) {
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    return {_mm256_and_ps(a.lo, magnitude), _mm256_and_ps(a.hi, magnitude)};
+}
+inline __m256 times_power(__m256 a, __m256 t) {
+    const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), n));
+}
+inline f32x16 times_power(f32x16 a, f32x16 t) { return {times_power(a.lo, t.lo), times_power(a.hi, t.hi)}; }
 
 inline f32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline void store(float* p, f32x16 a) {
     _mm256_storeu_ps(p, a.lo);
     _mm256_storeu_ps(p + 8, a.hi);
 }
+inline void stream(float* p, f32x16 a) {
+    _mm256_stream_ps(p, a.lo);
+    _mm256_stream_ps(p + 8, a.hi);
+}
+inline void stream_end() { _mm_sfence(); }
 
 inline __m256 widen(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
 inline f32x16 load(const bf16* p) {
@@ -103,6 +138,18 @@ inline void store(bf16* p, f32x16 a) {
     const __m256i packed = _mm256_packus_epi32(narrow(a.lo), narrow(a.hi));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
 }
+
+inline uint32_t mask_at_least(f32x16 a, f32x16 bound) {
+    const int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, bound.lo, _CMP_GE_OQ));
+    const int hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, bound.hi, _CMP_GE_OQ));
+    return static_cast<uint32_t>(lo | hi << 8);
+}
+inline __m256 where(uint32_t mask, __m256 a) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i bits = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), lane);
+    return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_cmpeq_epi32(bits, lane)));
+}
+inline f32x16 where(uint32_t mask, f32x16 a) { return {where(mask, a.lo), where(mask >> 8, a.hi)}; }
 
 inline __m256 fold(f32x16 a) { return _mm256_add_ps(a.lo, a.hi); }
 
@@ -131,6 +178,26 @@ inline f32x16 add(f32x16 a, f32x16 b) {
     for (size_t i = 0; i < lanes; ++i) a.v[i] += b.v[i];
     return a;
 }
+inline f32x16 sub(f32x16 a, f32x16 b) {
+    for (size_t i = 0; i < lanes; ++i) a.v[i] -= b.v[i];
+    return a;
+}
+inline f32x16 div(f32x16 a, f32x16 b) {
+    for (size_t i = 0; i < lanes; ++i) a.v[i] /= b.v[i];
+    return a;
+}
+inline f32x16 max(f32x16 a, f32x16 b) {
+    for (size_t i = 0; i < lanes; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+    return a;
+}
+inline f32x16 min(f32x16 a, f32x16 b) {
+    for (size_t i = 0; i < lanes; ++i) a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+    return a;
+}
+inline f32x16 abs(f32x16 a) {
+    for (size_t i = 0; i < lanes; ++i) a.v[i] = __builtin_fabsf(a.v[i]);
+    return a;
+}
 
 inline uint32_t bits_of(float a) {
     uint32_t u;
@@ -140,6 +207,20 @@ inline uint32_t bits_of(float a) {
 inline float float_of(uint32_t u) {
     float a;
     __builtin_memcpy(&a, &u, sizeof a);
+    return a;
+}
+
+inline uint32_t mask_at_least(f32x16 a, f32x16 bound) {
+    uint32_t mask = 0;
+    for (size_t i = 0; i < lanes; ++i) mask |= static_cast<uint32_t>(a.v[i] >= bound.v[i]) << i;
+    return mask;
+}
+inline f32x16 where(uint32_t mask, f32x16 a) {
+    for (size_t i = 0; i < lanes; ++i) a.v[i] = (mask >> i & 1) != 0 ? a.v[i] : 0.0f;
+    return a;
+}
+inline f32x16 times_power(f32x16 a, f32x16 t) {
+    for (size_t i = 0; i < lanes; ++i) a.v[i] = float_of(bits_of(a.v[i]) + (bits_of(t.v[i]) << 23));
     return a;
 }
 
@@ -156,6 +237,8 @@ inline f32x16 load(const bf16* p) {
 inline void store(float* p, f32x16 a) {
     for (size_t i = 0; i < lanes; ++i) p[i] = a.v[i];
 }
+inline void stream(float* p, f32x16 a) { store(p, a); }
+inline void stream_end() {}
 inline void store(bf16* p, f32x16 a) {
     for (size_t i = 0; i < lanes; ++i) {
         const uint32_t u = bits_of(a.v[i]);
@@ -168,6 +251,11 @@ inline void store(bf16* p, f32x16 a) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 #if !defined(__AVX512F__)
+inline void compress(float* p, f32x16 a, uint32_t mask) {
+    float buffer[lanes];
+    store(buffer, a);
+    for (; mask != 0; mask &= mask - 1) *p++ = buffer[__builtin_ctz(mask)];
+}
 // The first n elements, the other lanes zero; without masks, by way of a buffer. n < 16.
 template <typename T>
 inline f32x16 load(const T* p, size_t n) {
@@ -182,6 +270,47 @@ inline void store(T* p, f32x16 a, size_t n) {
     for (size_t i = 0; i < n; ++i) p[i] = buffer[i];
 }
 #endif
+
+// stream(p, a): a store past the caches, for memory that nobody reads soon; p at 64 bytes. A thread calls stream_end()
+// before others may read what it streamed.
+//
+// mask_at_least(a, bound): bit i says whether lane i of a reaches bound; NaN does not. where(mask, a): the lanes of the
+// mask, the others zero. compress(p, a, mask): the lanes of the mask side by side; p has room for sixteen.
+//
+// max(a, b) and min(a, b) are b where either is NaN, as the x86 instruction has it: put the constant first.
+//
+// times_power(a, t): a · 2^n for t = n + 1.5·2^23, whose lowest bits are the integer n. Neither may leave the normal
+// range of exponents.
+
+// exp(x) within 2 ulp, of x clamped to [-86.5, 88.5]; NaN stays NaN. x = n·ln 2 + r with |r| <= ln 2 / 2; the constant
+// 1.5·2^23 rounds to the nearest integer by pushing the fraction out of the mantissa. The polynomial is Taylor's, to r^7.
+inline f32x16 exp(f32x16 x) {
+    x = min(fill(88.5f), max(fill(-86.5f), x));
+    const f32x16 magic = fill(12582912.0f);
+    const f32x16 t = fma(x, fill(1.44269504f), magic);
+    const f32x16 n = sub(t, magic);
+    f32x16 r = fma(n, fill(-0.693145751953125f), x);  // ln 2 in two parts, the first exact times any n
+    r = fma(n, fill(-1.42860677e-6f), r);
+    f32x16 p = fma(r, fill(1.0f / 5040), fill(1.0f / 720));
+    p = fma(p, r, fill(1.0f / 120));
+    p = fma(p, r, fill(1.0f / 24));
+    p = fma(p, r, fill(1.0f / 6));
+    p = fma(p, r, fill(0.5f));
+    p = fma(p, r, fill(1.0f));
+    p = fma(p, r, fill(1.0f));
+    return times_power(p, t);
+}
+
+inline f32x16 sigmoid(f32x16 x) { return div(fill(1.0f), add(fill(1.0f), exp(sub(fill(0.0f), x)))); }
+
+// x · sigmoid(x) = x / (1 + exp(-x))
+inline f32x16 silu(f32x16 x) { return div(x, add(fill(1.0f), exp(sub(fill(0.0f), x)))); }
+
+// relu(x)², NaN staying NaN.
+inline f32x16 relu2(f32x16 x) {
+    x = max(fill(0.0f), x);
+    return mul(x, x);
+}
 
 // The sum of the lanes in one order everywhere: i + (i + 8), then i + (i + 4), then (0 + 2) + (1 + 3).
 inline float sum(f32x16 a) {

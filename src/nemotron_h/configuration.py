@@ -21,7 +21,7 @@ from nemotron_h.strict_json import load_json
 logger = logging.getLogger("nemotron_h")
 
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
-_KNOWN_QUANTIZATION = ("modelopt", "compressed-tensors", "fp8", "nvfp4", "gptq", "awq", "bitsandbytes")
+_KNOWN_QUANTIZATION = ("nemotron_h", "modelopt", "compressed-tensors", "fp8", "nvfp4", "gptq", "awq", "bitsandbytes")
 _OWN_FIELDS = (
     "output_router_logits", "router_aux_loss_coef", "router_z_loss_coef", "block_configs", "mtp_block_configs",
     "mtp_loss_coef", "mtp_loss_depths",

@@ -7,11 +7,13 @@ canary for each.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub.errors import HTTPError  # of the http client that it uses
@@ -23,14 +25,34 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from nemotron_h.checkpoint.directory import Directory, check_index, open_directory, write_directory
 from nemotron_h.checkpoint.generation_config import check_generation_config
-from nemotron_h.checkpoint.names import hub_names, plan, with_expert_bias
-from nemotron_h.checkpoint.safetensors import TensorReader, TensorSpec, dtype_name, read_header, spec_of
-from nemotron_h.errors import CheckpointError, InputError, ModelNotFoundError, NemotronHError, UnsupportedError
+from nemotron_h.checkpoint.mapping import ENOUGH
+from nemotron_h.checkpoint.names import hub_names, plan, stacked_name, with_expert_bias
+from nemotron_h.checkpoint.safetensors import (
+    PACKED_ALIGNMENT,
+    TensorInfo,
+    TensorReader,
+    TensorSpec,
+    dtype_name,
+    read_header,
+    spec_of,
+)
+from nemotron_h.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    ModelNotFoundError,
+    NemotronHError,
+    UnsupportedError,
+)
+from nemotron_h.linears import packed_parameters
+from nemotron_h.ops.pack import SLICE, empty_panels, pack_into
+from nemotron_h.quantization import Packing, is_packed, scheme
+from nemotron_h.quantization.scheme import METHOD
 from nemotron_h.state_dicts import rename_to_native, tie_head
 
 Read = Callable[[str], Tensor]
 
-_QUANTIZING = "quantization while loading is not in this version; load in bfloat16"
+_QUANTIZING = "not in this version; quantization='int8' or 'int4' packs the weights while loading"
 _PARALLEL = "tensor parallel loading is not in this version"
 _REFUSED = {
     "gguf_file": "GGUF files are not read by this version; convert the checkpoint to safetensors",
@@ -65,6 +87,9 @@ class Loading(PreTrainedModel):
             pretrained_model_name_or_path: Directory, or hub id (`revision`, `token`, `cache_dir`, offline as usual);
                 None with `config` and `state_dict`, whose tensors are copied.
             dtype: Default "auto", the checkpoint's.
+            quantization: "int8" or "int4" packs the weights while they are read, a few rows at a time.
+            mmap: Of a packed checkpoint: True maps its files, so that processes share them, False copies; None maps
+                where the system gives pages of 2 MiB, since smaller ones cost a third of the speed.
 
         Raises:
             ModelNotFoundError: no such directory or repository. CheckpointError: damaged, or not of this config: one
@@ -80,9 +105,11 @@ class Loading(PreTrainedModel):
         try:
             _check_files(source, kwargs.get("subfolder") or "")
             _check_config(cls, source, kwargs)
+            kwargs = _with_quantization(cls, source, kwargs)
             if source is not None and not Path(source).exists():
                 _check_hub_weights(str(source), kwargs)
-            return super().from_pretrained(source, *model_args, use_safetensors=True, **kwargs)
+            with _quiet_about_packing():
+                return super().from_pretrained(source, *model_args, use_safetensors=True, **kwargs)
         except NemotronHError:
             raise
         except SafetensorError as error:  # transformers looks for the dtype when the config does not say it
@@ -124,11 +151,11 @@ class Loading(PreTrainedModel):
                 if not isinstance(tensor, Tensor):
                     raise InputError(f"state_dict[{name!r}] must be a tensor, is {type(tensor).__name__}")
             specs = {name: spec_of(name, tensor) for name, tensor in state_dict.items()}
-            fill(model, specs, lambda name: state_dict[name].detach().clone(), load_config, "state_dict")
+            fill(model, specs, _Given(state_dict), load_config, "state_dict")
         else:
-            directory = _open(checkpoint_files or [])
+            directory, mapped = _open(checkpoint_files or []), model.config.__dict__.pop("_mmap", None)
             with TensorReader() as reader:
-                fill(model, directory.tensors, lambda name: reader.read(directory.tensors[name]), load_config, where)
+                fill(model, directory.tensors, _Files(reader, directory.tensors, mapped), load_config, where)
         tied = set(model.all_tied_weights_keys)  # transformers ties those that it hears are missing
         return LoadStateDictInfo(tied, set(), set(), [], {}, set()), None
 
@@ -177,7 +204,10 @@ class Loading(PreTrainedModel):
         config = copy.deepcopy(self.config)
         config.dtype = str(self.dtype).removeprefix("torch.")
         config.architectures = [type(self).__name__]
-        config.__dict__.pop("quantization_config", None)  # of the checkpoint the config came from, not of these weights
+        if not is_packed(getattr(config, "quantization_config", None)):
+            config.__dict__.pop(
+                "quantization_config", None
+            )  # of the checkpoint the config came from, not of these weights
         with tempfile.TemporaryDirectory(dir=directory, prefix=".tmp-") as temporary:
             config.save_pretrained(temporary)
             if self.can_generate():
@@ -244,12 +274,52 @@ def _check_config(cls: type[PreTrainedModel], source: Any, kwargs: Mapping[str, 
         assert cls.config_class is not None
         config = cls.config_class.from_pretrained(source if config is None else config, **own)
     quantized = getattr(config, "quantization_config", None)
-    if quantized is not None:
+    if is_packed(quantized):
+        scheme(quantized)  # type: ignore[arg-type]
+    elif quantized is not None:
         method = quantized.get("quant_method") if isinstance(quantized, Mapping) else type(quantized).__name__
         raise UnsupportedError(
             f"{source}: quantization_config in config.json says {method}; this version reads float32, bfloat16 and"
             " float16 weights only: take the BF16 checkpoint, or drop the entry if the weights are none of those"
         )
+
+
+@contextmanager
+def _quiet_about_packing() -> Iterator[None]:
+    """transformers warns that it does not know our `quant_method` and goes on without it, as it should."""
+    log = logging.getLogger("transformers.quantizers.auto")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return f"got {METHOD} " not in record.getMessage()
+
+    log.addFilter(keep)
+    try:
+        yield
+    finally:
+        log.removeFilter(keep)
+
+
+def _with_quantization(cls: type[PreTrainedModel], source: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with `quantization` and `mmap` put into the config, by which they reach the model."""
+    quantization, mapped = kwargs.pop("quantization", None), kwargs.pop("mmap", None)
+    if quantization is None and mapped is None:
+        return kwargs
+    config: Any = kwargs.pop("config", None)
+    assert cls.config_class is not None
+    if not isinstance(config, PreTrainedConfig):
+        loaded: Any = cls.config_class.from_pretrained(
+            source if config is None else config, return_unused_kwargs=True, **kwargs
+        )
+        config, kwargs = loaded
+    config = copy.deepcopy(config)
+    if quantization is not None:
+        wanted = scheme(quantization).to_dict()
+        if getattr(config, "quantization_config", None) not in (None, wanted):
+            raise ConfigError(f"{source}: its weights are packed as {config.quantization_config}, not as {wanted}")
+        config.quantization_config = wanted
+    if mapped is not None:
+        config.__dict__["_mmap"] = mapped
+    return {**kwargs, "config": config}
 
 
 def _open(files: list[str]) -> Directory:
@@ -260,7 +330,57 @@ def _open(files: list[str]) -> Directory:
     return open_directory(paths[0].parent)
 
 
-def fill(model: Any, specs: Mapping[str, Any], read: Read, load_config: Any, where: str) -> None:
+class Source(Protocol):
+    """Where tensors come from: a checkpoint's files, or a state dict."""
+
+    def read(self, name: str) -> Tensor: ...
+    def rows(self, name: str, first: int, last: int) -> Tensor: ...
+    def packed(self, name: str) -> Tensor: ...
+
+
+class _Files:
+    """Tensors of a checkpoint's files. `mapped`: whether packed weights stay where they lie; None: where their pages
+    are huge, and copied elsewhere."""
+
+    def __init__(self, reader: TensorReader, specs: Mapping[str, TensorInfo], mapped: bool | None) -> None:
+        self._reader, self._specs, self._mapped = reader, specs, mapped
+
+    def read(self, name: str) -> Tensor:
+        return self._reader.read(self._specs[name])
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        return self._reader.read_rows(self._specs[name], first, last)
+
+    def packed(self, name: str) -> Tensor:
+        info = self._specs[name]
+        stays = self._mapped
+        if stays is None:
+            stays = self._reader.mapped(info.file).huge_share() >= ENOUGH
+        if stays and info.start % PACKED_ALIGNMENT == 0:
+            return self._reader.map(info)
+        panels = empty_panels(info.shape)
+        for index, part in enumerate(panels):
+            part.copy_(self._reader.read_rows(info, index, index + 1)[0])
+        return panels
+
+
+class _Given:
+    """Tensors of a state dict."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].detach().clone()
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        return self._tensors[name].detach()[first:last]
+
+    def packed(self, name: str) -> Tensor:
+        return self.read(name)
+
+
+def fill(model: Any, specs: Mapping[str, Any], source: Source, load_config: Any, where: str) -> None:
     """Put a checkpoint's tensors into a model on `meta`, after everything about them has been checked."""
     for prefix in with_expert_bias(specs):
         module = _experts_at(model, prefix)
@@ -269,15 +389,47 @@ def fill(model: Any, specs: Mapping[str, Any], read: Read, load_config: Any, whe
     state = model.state_dict()
     tied = dict(model.all_tied_weights_keys)
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    packed = {name: (packing, shape) for name, packing, shape in packed_parameters(model)}
+    as_stored = packed if any(spec.dtype == "U8" for spec in specs.values()) else {}
+    if not as_stored:
+        wanted |= {name: shape for name, (_, shape) in packed.items()}
     causal = hasattr(model, "lm_head")
     ignore = [] if causal and getattr(model, "mtp", None) is not None else ["mtp."]
     ignore += [] if causal else ["lm_head."]
-    sources = plan(specs, wanted, ignore, where, optional=tied).sources
+    sources = plan(specs, wanted, ignore, where, optional=tied, packed=as_stored).sources
     devices = {name: _device(load_config.device_map, name) for name in wanted}
-    for name, source in tied.items():
-        _check_tie(sources.pop(name), sources[source], read, where)
+    for name, original in tied.items():
+        _check_tie(sources.pop(name), sources[original], source.read, where)
     for name, files in sources.items():
-        _put(model, name, _assemble(files, read, wanted[name], state[name].dtype, devices[name]))
+        if name in as_stored:
+            value = source.packed(files[0]).to(devices[name])
+        elif name in packed:
+            value = _pack(files, source, *packed[name], tuple(state[name].shape)).to(devices[name])
+        else:
+            value = _assemble(files, source.read, wanted[name], state[name].dtype, devices[name])
+        _put(model, name, value)
+
+
+def _pack(
+    files: list[str], source: Source, packing: Packing, shape: tuple[int, ...], packed_shape: tuple[int, ...]
+) -> Tensor:
+    """Packed weights from floating ones (one tensor, one per expert, or one of all experts), some rows at a time."""
+    panels = empty_panels(packed_shape)
+    matrices = panels if len(shape) == 3 else panels[None]
+    cols = shape[-1]
+    step = max(1, SLICE // cols // 16) * 16
+    for index, matrix in enumerate(matrices):
+        whole = len(files) == 1 and len(shape) == 3
+        for first in range(0, shape[-2], step):
+            last = min(first + step, shape[-2])
+            if whole:
+                rows = source.rows(files[0], index, index + 1)[0, first:last]
+            else:
+                rows = source.rows(files[index], first, last)
+            pack_into(
+                matrix[first // 16 : -(-last // 16)], rows.reshape(-1, cols), packing, files[index if not whole else 0]
+            )
+    return panels
 
 
 def _experts_at(model: nn.Module, hub_prefix: str) -> Any:
@@ -300,7 +452,7 @@ def _put(model: nn.Module, name: str, value: Tensor) -> None:
     parent_name, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     if leaf in parent._parameters:
-        value = nn.Parameter(value, requires_grad=True)
+        value = nn.Parameter(value, requires_grad=value.is_floating_point())
     value._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' flag: never initialize this again
     setattr(parent, leaf, value)
 
@@ -328,6 +480,11 @@ def _check_tie(tied: list[str], source: list[str], read: Read, where: str) -> No
 def hub_views(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """A state dict under the hub's names; stacked experts become one view each."""
     for native, tensor in tensors.items():
+        if (
+            tensor.dtype == torch.uint8 and tensor.dim() == 3
+        ):  # packed experts stay together, so that they can be mapped
+            yield stacked_name(native), tensor
+            continue
         pieces = hub_names(native, tuple(tensor.shape))
         for index, (name, shape) in enumerate(pieces):
             yield name, tensor if tuple(tensor.shape) == shape else tensor[index]

@@ -28,16 +28,19 @@ from nemotron_h.family import BlockType, Layer
 from nemotron_h.generation_mixin import NemotronHGenerationMixin
 from nemotron_h.inputs import keep_positions, prepare
 from nemotron_h.layout import Layout, Recorder, ordered
+from nemotron_h.linears import NemotronHLinear, empty_packed
 from nemotron_h.ops.activations import activation
 from nemotron_h.ops.attention import attention
 from nemotron_h.ops.causal_conv1d import ConvResult, causal_conv1d
-from nemotron_h.ops.moe import experts, load
+from nemotron_h.ops.moe import experts, load, packed_experts
 from nemotron_h.ops.norm import gated_rms_norm, rms_norm
+from nemotron_h.ops.pack import pack_into
 from nemotron_h.ops.router import Routing, route
 from nemotron_h.ops.ssd import ssd_in_two, time_step
 from nemotron_h.outputs import NemotronHCausalLMOutput, NemotronHModelOutput
 from nemotron_h.points import NemotronHPoint, hooked, in_slots, through
 from nemotron_h.pretrained import NemotronHPreTrainedModel
+from nemotron_h.quantization import Packing, Scheme
 from nemotron_h.state_dicts import take_experts
 
 
@@ -96,7 +99,7 @@ class NemotronHMamba2Mixer(nn.Module):
         bias = config.use_bias or config.mamba_proj_bias
 
         projected = self.intermediate_size + self.conv_dim + self.num_heads
-        self.in_proj = nn.Linear(config.hidden_size, projected, bias=bias)
+        self.in_proj = NemotronHLinear(config.hidden_size, projected, bias=bias)
         self.conv1d = NemotronHCausalConv1d(
             self.conv_dim, config.mamba_d_conv, config.mamba_conv_bias, config.mamba_hidden_act, self.use_packages
         )
@@ -104,7 +107,7 @@ class NemotronHMamba2Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
         self.D = nn.Parameter(torch.empty(self.num_heads))
         self.norm = NemotronHGatedRMSNorm(self.intermediate_size, config.layer_norm_epsilon, self.n_groups)
-        self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=bias)
+        self.out_proj = NemotronHLinear(self.intermediate_size, config.hidden_size, bias=bias)
         self.hook_z, self.hook_x, self.hook_B, self.hook_C = (NemotronHPoint() for _ in range(4))
         self.hook_dt, self.hook_y, self.hook_state = (NemotronHPoint() for _ in range(3))
 
@@ -130,9 +133,10 @@ class NemotronHMamba2Mixer(nn.Module):
         A_H = -torch.exp(self.A_log.to(dt_BTH.dtype))
 
         start = 0 if cache is None else cache.unrecorded(layout)
+        seen = hooked(self.hook_state) or layout.recorder is not None and layout.recorder.ssm_states is not None
         scan, start_BHPN = ssd_in_two(
             start, x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, self.D, self.chunk_size, state_BHPN, seq_idx_BT,
-            use_packages=self.use_packages,
+            out_state=None if cache is None or seen else cache.buffer(layout), use_packages=self.use_packages,
         )  # fmt: skip
         final_BHPN = through(self.hook_state, scan.final_state)
         if cache is not None:
@@ -171,10 +175,10 @@ class NemotronHAttention(nn.Module):
             sizes.sliding_window,
         )
         query, key = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query, config.hidden_size, bias=config.attention_bias)
+        self.q_proj = NemotronHLinear(config.hidden_size, query, bias=config.attention_bias)
+        self.k_proj = NemotronHLinear(config.hidden_size, key, bias=config.attention_bias)
+        self.v_proj = NemotronHLinear(config.hidden_size, key, bias=config.attention_bias)
+        self.o_proj = NemotronHLinear(query, config.hidden_size, bias=config.attention_bias)
 
     def forward(
         self, hidden_states: Tensor, layout: Layout | None = None, cache: caches.AttentionLayer | None = None
@@ -203,8 +207,8 @@ class NemotronHMLP(nn.Module):
 
     def __init__(self, config: NemotronHConfig, intermediate_size: int) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.up_proj = NemotronHLinear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.down_proj = NemotronHLinear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = activation(config.mlp_hidden_act)
 
     def forward(self, hidden_states: Tensor, layout: Layout | None = None, cache: CacheLayer | None = None) -> Tensor:
@@ -285,10 +289,51 @@ class NemotronHExperts(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
+    def packed(self, scheme: Scheme) -> NemotronHPackedExperts:
+        """The same experts with packed weights; on `meta`, without values."""
+        return NemotronHPackedExperts(self, scheme)
+
     def forward(self, x_ML: Tensor, experts_Mk: Tensor, weights_Mk: Tensor) -> Tensor:
         return experts(
             x_ML, experts_Mk, weights_Mk, self.up_proj, self.down_proj, self.act, self.up_proj_bias, self.down_proj_bias
         )
+
+
+class NemotronHPackedExperts(nn.Module):
+    """Routed experts whose weights are packed: `up_proj` and `down_proj` hold bytes, uint8 [E, panels, bytes]."""
+
+    up_proj: nn.Parameter
+    down_proj: nn.Parameter
+    up_proj_bias: nn.Parameter | None
+    down_proj_bias: nn.Parameter | None
+
+    def __init__(self, plain: NemotronHExperts, scheme: Scheme) -> None:
+        super().__init__()
+        self.num_experts, self.act, self.scheme = plain.num_experts, plain.act, scheme
+        self.width, self.latent = plain.up_proj.shape[1:]
+        for name, shape in self.packed_shapes().items():
+            weight: Tensor = getattr(plain, name)
+            packed = empty_packed((shape[0], *self.packing.shape(*shape[1:])), weight.device)
+            for matrix, panels in zip(weight, packed.data, strict=True):
+                if not weight.is_meta:
+                    pack_into(panels, matrix, self.packing)
+            self.register_parameter(name, packed)
+            self.register_parameter(f"{name}_bias", getattr(plain, f"{name}_bias"))
+
+    @property
+    def packing(self) -> Packing:
+        return self.scheme.packing
+
+    def packed_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Packed parameters, with the shapes that their values have."""
+        shape = (self.num_experts, self.width, self.latent)
+        return {"up_proj": shape, "down_proj": (shape[0], shape[2], shape[1])}
+
+    def forward(self, x_ML: Tensor, experts_Mk: Tensor, weights_Mk: Tensor) -> Tensor:
+        return packed_experts(
+            x_ML, experts_Mk, weights_Mk, self.up_proj, self.down_proj, self.packing, self.width, self.act,
+            self.up_proj_bias, self.down_proj_bias, self.scheme.activations,
+        )  # fmt: skip
 
 
 class NemotronHMoE(nn.Module):
@@ -303,8 +348,8 @@ class NemotronHMoE(nn.Module):
         self.shared_experts = NemotronHMLP(config, shared) if shared else None
         self.fc1_latent_proj = self.fc2_latent_proj = None
         if sizes.moe_latent_size is not None:
-            self.fc1_latent_proj = nn.Linear(config.hidden_size, sizes.moe_latent_size, bias=config.mlp_bias)
-            self.fc2_latent_proj = nn.Linear(sizes.moe_latent_size, config.hidden_size, bias=config.mlp_bias)
+            self.fc1_latent_proj = NemotronHLinear(config.hidden_size, sizes.moe_latent_size, bias=config.mlp_bias)
+            self.fc2_latent_proj = NemotronHLinear(sizes.moe_latent_size, config.hidden_size, bias=config.mlp_bias)
         self.hook_router_experts, self.hook_router_weights = NemotronHPoint(), NemotronHPoint()
 
     def forward(self, hidden_states: Tensor, layout: Layout | None = None, cache: CacheLayer | None = None) -> Tensor:
@@ -393,6 +438,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
         self.norm_f = NemotronHRMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
+        self._pack()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
@@ -461,7 +507,7 @@ class NemotronHMTPBlock(NemotronHBlock):
 
     enorm: NemotronHRMSNorm
     hnorm: NemotronHRMSNorm
-    eh_proj: nn.Linear
+    eh_proj: NemotronHLinear
     final_layernorm: NemotronHRMSNorm
 
     def __init__(self, config: NemotronHConfig, index: int) -> None:
@@ -470,7 +516,7 @@ class NemotronHMTPBlock(NemotronHBlock):
         size, eps = config.hidden_size, config.layer_norm_epsilon
         if index % blocks == 0:
             self.enorm, self.hnorm = NemotronHRMSNorm(size, eps), NemotronHRMSNorm(size, eps)
-            self.eh_proj = nn.Linear(2 * size, size, bias=False)
+            self.eh_proj = NemotronHLinear(2 * size, size, bias=False)
         if index % blocks == blocks - 1:
             self.final_layernorm = NemotronHRMSNorm(size, eps)
 
@@ -527,9 +573,10 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
         super().__init__(config)
         self.model = NemotronHModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = NemotronHLinear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = NemotronHMTP(config) if config.num_nextn_predict_layers else None
         self.post_init()
+        self._pack()
 
     def forward(
         self,

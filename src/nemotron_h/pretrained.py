@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,9 @@ from nemotron_h import family
 from nemotron_h.configuration import NemotronHConfig
 from nemotron_h.errors import ConfigError
 from nemotron_h.initialization import initialize
+from nemotron_h.linears import pack_modules
 from nemotron_h.loading import Loading
+from nemotron_h.quantization import Scheme, is_packed, scheme
 
 
 class NemotronHPreTrainedModel(Loading):
@@ -51,13 +53,31 @@ class NemotronHPreTrainedModel(Loading):
             func = partial(func, use_reentrant=False)
         super()._set_gradient_checkpointing(enable, func, **kwargs)
 
+    def quantize(self, quantization: str | Mapping[str, Any] | Scheme) -> None:
+        """Pack the weights in place, module by module: "int8" or "int4". Raises `ConfigError` for anything else, or if
+        they are packed already."""
+        if is_packed(getattr(self.config, "quantization_config", None)):
+            raise ConfigError("the weights are packed already; load the model without quantization to pack it anew")
+        self.config.quantization_config = scheme(quantization).to_dict()
+        self._pack()
+
+    def _pack(self) -> None:
+        """Put packed modules where the config asks for them. An output layer that is the embedding matrix stays."""
+        quantization = getattr(self.config, "quantization_config", None)
+        if is_packed(quantization):
+            pack_modules(
+                self,
+                scheme(cast(Any, quantization)),
+                ("mtp.", "lm_head.") if self.config.tie_word_embeddings else ("mtp.",),
+            )
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialization from scratch (numerics.md, "Initialization"); loaded weights are flagged and stay.
 
         Modules of a user's own block have initialized their parameters themselves; the linears in them are drawn here.
         """
-        if not any(_is_known(cls) for cls in type(module).__mro__):
+        if not any(_is_known(cls) for cls in type(module).__mro__) or hasattr(module, "packed_shapes"):
             return
         prefix = "conv1d." if isinstance(module, nn.Conv1d) else ""
         for name, parameter in module.named_parameters(recurse=False):

@@ -9,7 +9,7 @@ import torch
 from nemotron_h import demo
 from nemotron_h.cli import doctor
 from nemotron_h.errors import KernelError
-from nemotron_h.ops import _native, dispatch
+from nemotron_h.ops import _native, dispatch, threads
 
 
 def test_what_it_says(run, environment):
@@ -90,8 +90,8 @@ def test_quota(monkeypatch, tmp_path, files, quota):
     (tmp_path / "cpu").mkdir()
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    monkeypatch.setattr(doctor, "CGROUP", tmp_path)
-    assert doctor._quota() == quota
+    monkeypatch.setattr(threads, "CGROUP", tmp_path)
+    assert threads.cgroup_quota() == quota
 
 
 def test_amx():

@@ -41,8 +41,8 @@ def test_figures_of_nano_30b(run):
     float32 = facts["memory"]["float32"]
     assert float32["weights"] == 31_577_940_288 * 4
     assert float32["1024"] == float32["weights"] + 23 * (2 * conv + state) + 1024 * 2 * 6144
-    assert facts["memory"]["int8"]["weights"] == pytest.approx(weights / 2 * 1.0625, rel=1e-6)
-    assert facts["memory"]["int4"]["weights"] == pytest.approx(weights / 2 * 0.53125, rel=1e-6)
+    assert facts["memory"]["int8"]["weights"] == pytest.approx(weights / 2 * 1.0078125, rel=1e-6)
+    assert facts["memory"]["int4"]["weights"] == pytest.approx(weights / 2 * 0.52734375, rel=1e-6)
 
 
 def test_a_checkpoint_is_read_from_its_headers(run, talker):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers import assert_close, tiny_model
 from nemotron_h import LLM, SamplingParams
-from nemotron_h.errors import InputError, ModelNotFoundError, UnsupportedError
+from nemotron_h.errors import ConfigError, InputError, ModelNotFoundError, UnsupportedError
 
 PROMPT = [40, 1999, 300, 300, 17, 901]
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
@@ -326,13 +326,25 @@ def test_stream_writes_one_text(llm: LLM) -> None:
         llm.stream(PROMPT, SamplingParams(n=2))
 
 
-UNSUPPORTED: dict[str, Any] = {"quantization": "int8", "speculative": "mtp"}
+UNSUPPORTED: dict[str, Any] = {"speculative": "mtp"}
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_options_of_later_versions(llm: LLM, name: str) -> None:
     with pytest.raises(UnsupportedError, match=name):
         LLM(llm.model, **{name: UNSUPPORTED[name]})
+
+
+def test_quantization_packs_a_checkpoint_and_never_the_callers_model(checkpoint: Path, llm: LLM) -> None:
+    with pytest.raises(InputError, match=r"call model.quantize\('int4'\) first"):
+        LLM(llm.model, quantization="int4")
+    assert llm.model.dtype == next(iter(llm.model.parameters())).dtype
+    for name in ("int8", "int4"):
+        packed = LLM(checkpoint, quantization=name)
+        assert packed.model.model.layers[0].mixer.in_proj.packing.name == name
+        assert packed.generate(PROMPT, GREEDY)[0].token_ids == packed.generate(PROMPT, GREEDY)[0].token_ids
+    with pytest.raises(ConfigError, match="'int5' is not known: use int8, int4"):
+        LLM(checkpoint, quantization="int5")
 
 
 def test_one_thread_is_enough_for_a_small_model(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,8 +185,8 @@ def test_packed_formats_of_the_largest_layer(info: Info) -> None:
     facts = info("nemotron-3-nano-30b-a3b")
     biases = 128
     plain = facts["largest_layer"]["parameters"] - biases
-    assert facts["inference"]["int8"]["largest_layer"] == plain * 1.0625 + 4 * biases
-    assert facts["inference"]["int4"]["largest_layer"] == plain * 0.53125 + 4 * biases
+    assert facts["inference"]["int8"]["largest_layer"] == plain * 1.0078125 + 4 * biases
+    assert facts["inference"]["int4"]["largest_layer"] == plain * 0.52734375 + 4 * biases
 
 
 def test_text(info: Info, capfd: pytest.CaptureFixture[str]) -> None:

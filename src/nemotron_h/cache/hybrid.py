@@ -24,14 +24,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import Cache, DynamicCache
 
+from nemotron_h.cache.int8 import Int8AttentionLayer
 from nemotron_h.cache.layers import AttentionLayer, CacheLayer, MambaLayer, layers_of
 from nemotron_h.configuration import NemotronHConfig
-from nemotron_h.errors import CacheError
+from nemotron_h.errors import CacheError, InputError
 
 _SIZES = (
     "layers_block_type", "num_key_value_heads", "head_dim", "mamba_num_heads", "mamba_head_dim", "mamba_n_groups",
     "ssm_state_size", "mamba_d_conv",
 )  # fmt: skip
+KV_DTYPES = (None, "int8")
 
 
 def _sizes(config: NemotronHConfig) -> dict[str, Any]:
@@ -49,9 +51,15 @@ class NemotronHHybridDynamicCache(Cache):
     Args:
         config: Decides the layers and the dtype of SSM states.
         batch_size, dtype, device: Accepted as in earlier versions of transformers; the first pass decides them.
+        kv_dtype: None keeps keys and values in the model's dtype. "int8" rounds them as they enter, with one float32
+            factor per position and key head: half the memory of bfloat16, and half of what a decoding step reads of
+            them. Every query then sees the rounded ones, however the text was cut into passes. Inference only.
 
     Attributes:
         slots_valid_BS: False at padding slots; None while no row ever had padding.
+
+    Raises:
+        InputError: another `kv_dtype`.
     """
 
     def __init__(
@@ -60,8 +68,15 @@ class NemotronHHybridDynamicCache(Cache):
         batch_size: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        kv_dtype: str | None = None,
     ) -> None:
-        super().__init__(layers=layers_of(config.layers_block_type, config))  # type: ignore[arg-type]
+        if kv_dtype not in KV_DTYPES:
+            raise InputError(f"kv_dtype={kv_dtype!r}: use 'int8', or None for the model's dtype")
+        layers = layers_of(config.layers_block_type, config)
+        if kv_dtype == "int8":
+            layers = [Int8AttentionLayer() if type(layer) is AttentionLayer else layer for layer in layers]
+        super().__init__(layers=layers)  # type: ignore[arg-type]
+        self.kv_dtype = kv_dtype
         self.length = 0
         self.slots_valid_BS: Tensor | None = None
         self._batch: int | None = None
@@ -105,6 +120,11 @@ class NemotronHHybridDynamicCache(Cache):
         """A pass of that size comes. Raises CacheError where it does not fit."""
         if self._batch not in (None, batch):
             raise CacheError(f"the cache holds {self._batch} rows, the input has {batch}")
+        if self.kv_dtype is not None and torch.is_grad_enabled():
+            raise CacheError(
+                f"a cache with kv_dtype={self.kv_dtype!r} rounds what gradients would need: run under torch.no_grad(),"
+                " or leave kv_dtype out"
+            )
 
     def slots_valid(self, valid_BT: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor | None:
         """Validity of all slots once this pass's are appended, or None when all are real."""
@@ -249,6 +269,8 @@ class NemotronHHybridDynamicCache(Cache):
             tensors["slots_valid"] = self.slots_valid_BS[:, : self.length].contiguous()
         metadata = {"format": "nemotron_h.cache", "length": str(self.length), "batch": str(self.batch_size)}
         metadata["sizes"] = json.dumps(self._sizes)
+        if self.kv_dtype is not None:
+            metadata["kv_dtype"] = self.kv_dtype
         temporary = Path(f"{os.fspath(path)}.tmp-{os.getpid()}")
         try:
             save_file(tensors, temporary, metadata=metadata)
@@ -265,7 +287,6 @@ class NemotronHHybridDynamicCache(Cache):
         Raises:
             CacheError: not such a file, or of another model.
         """
-        cache = cls(config)
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
@@ -280,6 +301,10 @@ class NemotronHHybridDynamicCache(Cache):
             sizes, length, batch = (json.loads(metadata[name]) for name in ("sizes", "length", "batch"))
         except (KeyError, ValueError) as error:
             raise CacheError(f"{path}: its metadata is damaged ({error!r})") from error
+        kv_dtype = metadata.get("kv_dtype")
+        if kv_dtype not in KV_DTYPES:
+            raise CacheError(f"{path}: its metadata is damaged (kv_dtype={kv_dtype!r})")
+        cache = cls(config, kv_dtype=kv_dtype)
         if not isinstance(sizes, dict) or sizes != cache._sizes:
             what = _difference(sizes, cache._sizes) if isinstance(sizes, dict) else "it has no sizes"
             raise CacheError(f"{path}: of another model: {what}")
@@ -295,10 +320,16 @@ class NemotronHHybridDynamicCache(Cache):
             for name in layer.names:  # type: ignore[union-attr]
                 if (tensor := tensors.pop(f"{index}.{name}", None)) is not None:
                     setattr(layer, name, tensor)
-            if isinstance(layer, AttentionLayer) and layer.keys is not None:
-                layer.length = layer.keys.shape[2]
-                if layer.length != length:
-                    raise CacheError(f"{path}: damaged; {length} slots were saved, layer {index} has {layer.length}")
+            if isinstance(layer, AttentionLayer) and (length or layer.keys is not None):
+                self._fill_slots(layer, index, length, path)
         if tensors:
             raise CacheError(f"{path}: of another model; {', '.join(sorted(tensors)[:5])} have no place in this one")
         self.length, self._batch = length, None if batch < 0 else batch
+
+    def _fill_slots(self, layer: AttentionLayer, index: int, length: int, path: str) -> None:
+        kept = [getattr(layer, name) for name in layer.names]
+        if any(tensor is None for tensor in kept):
+            raise CacheError(f"{path}: damaged; layer {index} lacks some of {', '.join(layer.names)}")
+        if slots := [tensor.shape[2] for tensor in kept if tensor.shape[2] != length]:
+            raise CacheError(f"{path}: damaged; {length} slots were saved, layer {index} has {slots[0]}")
+        layer.length = length

@@ -15,7 +15,10 @@ from transformers.cache_utils import CacheLayerMixin
 from nemotron_h.cache.journal import JOURNAL, Journal, Step
 from nemotron_h.configuration import NemotronHConfig
 from nemotron_h.layout import Layout
+from nemotron_h.ops.attention import Int8Rows
 from nemotron_h.ops.causal_conv1d import next_window
+from nemotron_h.ops.ssd import STEP_TOKENS
+from nemotron_h.ops.tracing import tracing
 
 BLOCK = 256  # slots by which the key and value buffers grow
 
@@ -107,7 +110,7 @@ class AttentionLayer(CacheLayer):
     def is_croppable(self) -> bool:
         return True
 
-    def append(self, k_BKTd: Tensor, v_BKTd: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, k_BKTd: Tensor, v_BKTd: Tensor) -> tuple[Tensor | Int8Rows, Tensor | Int8Rows]:
         """Write this pass's keys and values behind the committed ones and return all of them."""
         end = self.length + k_BKTd.shape[2]
         self.keys = self._write(self.keys, k_BKTd, end)
@@ -116,16 +119,17 @@ class AttentionLayer(CacheLayer):
             return k_BKTd, v_BKTd
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def _write(self, buffer: Tensor | None, new_BKTd: Tensor, end: int) -> Tensor:
+    def _write(self, buffer: Tensor | None, new: Tensor, end: int) -> Tensor:
+        """The buffer [B, K, capacity, ...] with `new` [B, K, T, ...] behind the slots in use."""
         used = None if buffer is None or self.length == 0 else buffer[:, :, : self.length]
         if torch.is_grad_enabled():  # a graph may hold what was here, even where only the queries are trained
-            return new_BKTd if used is None else torch.cat([used, new_BKTd], dim=2)
+            return new if used is None else torch.cat([used, new], dim=2)
         if used is None or buffer is None or buffer.shape[2] < end:
-            batch, heads, _, size = new_BKTd.shape
-            buffer = new_BKTd.new_zeros(batch, heads, -(-end // BLOCK) * BLOCK, size)
+            batch, heads, _, *sizes = new.shape
+            buffer = new.new_zeros(batch, heads, -(-end // BLOCK) * BLOCK, *sizes)
             if used is not None:
                 buffer[:, :, : self.length] = used
-        buffer[:, :, self.length : end] = new_BKTd
+        buffer[:, :, self.length : end] = new
         return buffer
 
     def commit(self, slots: int) -> None:
@@ -135,7 +139,7 @@ class AttentionLayer(CacheLayer):
     def tensors(self) -> dict[str, Tensor]:
         if self.keys is None or self.values is None or self.length == 0:
             return {}
-        return {"keys": self.keys[:, :, : self.length], "values": self.values[:, :, : self.length]}
+        return {name: getattr(self, name)[:, :, : self.length] for name in self.names}
 
     def can_take_back(self, slots: int, length: int) -> bool:
         return True
@@ -158,6 +162,10 @@ class MambaLayer(CacheLayer):
     """Last W inputs of the convolution [B, C, W] and the SSM state [B, H, P, N].
 
     A recording layer also keeps a journal of the passes since the last `crop`, so that tokens can be taken back.
+
+    While it decodes, the layer owns two buffers: a step reads the state from one and writes the next into the other,
+    which `commit` makes the state. So a step that fails leaves the state as it was, and none allocates memory. Only
+    buffers that the layer made itself are written over, and only while nobody else was given them (`tensors`).
     """
 
     names = ("conv_states", "recurrent_states")
@@ -171,6 +179,12 @@ class MambaLayer(CacheLayer):
         self.journal: Journal | None = None
         self._pending_step: Step | None = None
         self._pending_journal: Journal | None = None
+        self._buffers: list[Tensor] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: they get the state, and no buffer is shared."""
+        self._buffers = []
+        return dict(vars(self))
 
     @property
     def is_croppable(self) -> bool:
@@ -178,6 +192,25 @@ class MambaLayer(CacheLayer):
 
     def activate_past_recording(self) -> None:
         self.record_past = True
+
+    def buffer(self, layout: Layout) -> Tensor | None:
+        """Where this pass may write its final state; None where it must be a tensor of its own: with a journal, which
+        keeps the old state, and under grad, since a graph may hold it."""
+        state_BHPN = self.recurrent_states
+        if tracing() or self.record_past or state_BHPN is None or layout.tokens > STEP_TOKENS:
+            return None
+        if torch.is_grad_enabled() or not state_BHPN.is_cpu or state_BHPN.dtype != self.state_dtype:
+            return None
+        for buffer in self._buffers:
+            if buffer is not state_BHPN:
+                return buffer
+        buffer = torch.empty_like(state_BHPN, memory_format=torch.contiguous_format)
+        self._buffers = [*(kept for kept in self._buffers if kept is state_BHPN), buffer]
+        return buffer
+
+    def tensors(self) -> dict[str, Tensor]:
+        self._buffers = []  # who looks may keep what he sees
+        return super().tensors()
 
     def at_rest(self, state_BHPN: Tensor) -> Tensor:
         """The state in `mamba_ssm_cache_dtype`; a float64 model keeps float64."""
@@ -203,6 +236,8 @@ class MambaLayer(CacheLayer):
         self._pending_step = step
 
     def commit(self, slots: int) -> None:
+        if self._buffers and self.pending is not None and not any(b is self.pending[1] for b in self._buffers):
+            self._buffers = []  # the old state is in one of them and may live on elsewhere
         before = self.conv_states, self.recurrent_states
         if self.in_place and self._pending_step is not None and self.conv_states is not None:
             before = self.conv_states.clone(), self.recurrent_states.clone()
@@ -228,6 +263,7 @@ class MambaLayer(CacheLayer):
         else:
             super().reset()
         self.pending = self.journal = self._pending_step = self._pending_journal = None
+        self._buffers = []
 
     def take_back(self, slots: int, length: int) -> None:
         if slots >= length:

@@ -96,6 +96,7 @@ def plan(
     ignore: Sequence[str] = (),
     where: str = "checkpoint",
     optional: Collection[str] = (),
+    packed: Collection[str] = (),
 ) -> Plan:
     """Match a checkpoint with a model, strictly.
 
@@ -105,6 +106,7 @@ def plan(
         ignore: Prefixes (hub spelling) of tensors that this model does not need.
         where: The checkpoint's path, for the error.
         optional: Those of `wanted` that may be absent.
+        packed: Those of `wanted` that the checkpoint holds packed, as bytes.
 
     Raises:
         CheckpointError: listing every missing, unexpected, duplicate and wrong tensor.
@@ -123,11 +125,11 @@ def plan(
             own = found.pop(name, None)
             if own is not None:
                 result.sources[native].append(own)
-                wrong += _misfit(specs[own], piece_shape)
+                wrong += _misfit(specs[own], piece_shape, ("U8",) if native in packed else FLOATS)
             elif native not in optional:
                 missing.append(name)
     unexpected = [own for name, own in found.items() if not name.startswith(tuple(ignore))]
-    quantized = any(_SCALE.search(own) or specs[own].dtype.startswith(_PACKED) for own in specs)
+    quantized = not packed and any(_SCALE.search(own) or specs[own].dtype.startswith(_PACKED) for own in specs)
     _raise(where, missing, unexpected, wrong, quantized)
     return result
 
@@ -145,10 +147,10 @@ def _by_canonical_name(specs: Mapping[str, Spec], wrong: list[str]) -> dict[str,
     return found
 
 
-def _misfit(spec: Spec, shape: Shape) -> list[str]:
+def _misfit(spec: Spec, shape: Shape, dtypes: Sequence[str]) -> list[str]:
     found = []
-    if spec.dtype not in FLOATS:
-        found.append(f"{spec.name} is {spec.dtype}, expected one of {', '.join(FLOATS)}")
+    if spec.dtype not in dtypes:
+        found.append(f"{spec.name} is {spec.dtype}, expected one of {', '.join(dtypes)}")
     if tuple(spec.shape) != tuple(shape):
         found.append(f"{spec.name} is {list(spec.shape)}, expected {list(shape)}")
     return found

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemotron_h.checkpoint.mapping import MappedFile
 from nemotron_h.errors import CheckpointError
 from nemotron_h.files import open_regular, publish, read_bytes, read_into, sync_directory, write_temporary
 from nemotron_h.strict_json import load_json, shown
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64
+PACKED_ALIGNMENT = 64
 
 _MAX_DIMENSION = 2**53
 _MAX_BITS = 2**63
@@ -78,7 +80,10 @@ class TensorSpec:
 
     @property
     def alignment(self) -> int:
-        """Bytes per element, at least 1: where a reader that maps the file wants the data to start."""
+        """Where a reader that maps the file wants the data to start: at a multiple of the element's bytes, of 64 for
+        packed weights (matrices of bytes whose rows are such multiples)."""
+        if self.dtype == "U8" and len(self.shape) > 1 and self.shape[-1] % PACKED_ALIGNMENT == 0:
+            return PACKED_ALIGNMENT
         return max(1, _DTYPES[self.dtype][0] // 8)
 
 
@@ -255,6 +260,7 @@ class TensorReader:
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
+        self._mapped: dict[Path, MappedFile] = {}
 
     def __enter__(self) -> TensorReader:
         return self
@@ -263,7 +269,8 @@ class TensorReader:
         self.close()
 
     def close(self) -> None:
-        """Close every file; the reader may be used again."""
+        """Close every file; the reader may be used again. Mapped tensors live on."""
+        self._mapped.clear()
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
@@ -295,6 +302,25 @@ class TensorReader:
         if info.dtype == "BOOL" and int(data.max()) > 1:
             raise CheckpointError(f"{where}: BOOL data hold the byte {int(data.max())}; only 0 and 1 are allowed")
         return data.view(dtype).reshape(shape)
+
+    def read_rows(self, info: TensorInfo, first: int, last: int) -> torch.Tensor:
+        """Rows [first, last) of a tensor's first dimension, as `read` would give them."""
+        row = info.nbytes // max(1, info.shape[0])
+        part = TensorInfo(
+            info.name, info.dtype, (last - first, *info.shape[1:]), info.file, info.start + first * row,
+            info.start + last * row,
+        )  # fmt: skip
+        return self.read(part)
+
+    def map(self, info: TensorInfo) -> torch.Tensor:
+        """The tensor where it lies in its file, mapped as a whole (`mapping.MappedFile`)."""
+        return self.mapped(info.file).tensor(info)
+
+    def mapped(self, file: Path) -> MappedFile:
+        """The file in memory; mapped at the first call."""
+        if file not in self._mapped:
+            self._mapped[file] = MappedFile(file)
+        return self._mapped[file]
 
     def _descriptor(self, file: Path) -> int:
         if file not in self._descriptors:
@@ -390,7 +416,7 @@ def _header_bytes(path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str
         entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
         offset = end
     raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8", errors="surrogatepass")
-    raw += b" " * (-len(raw) % 8)  # so that the data start aligned
+    raw += b" " * (-(_LENGTH_BYTES + len(raw)) % PACKED_ALIGNMENT)  # so that the data start aligned
     if len(raw) > MAX_HEADER_BYTES:
         raise CheckpointError(f"{path}: {len(specs)} tensors need a header of {len(raw)} bytes; write more files")
     _parse_header(raw, path, _LENGTH_BYTES + len(raw) + offset)

@@ -36,6 +36,7 @@ COMMANDS: dict[str, str] = {
     "init": "Write a random-weight checkpoint of any shape.",
     "verify": "Check a model's weights, and what this machine computes with them.",
     "eval": "Perplexity of texts, scores of lm-eval's tasks.",
+    "bench": "Speed and memory, beside other engines and the machine's limit.",
     "doctor": "What this machine offers, and which implementations run on it.",
 }
 

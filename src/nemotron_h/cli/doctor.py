@@ -22,8 +22,6 @@ from nemotron_h.cli._output import columns, note, print_json, size
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy")
 OPTIONAL = ("prompt-toolkit", "peft", "accelerate", "mamba-ssm", "causal-conv1d")
 
-CGROUP = Path("/sys/fs/cgroup")
-
 _MEASURED_BYTES = 256 << 20
 
 
@@ -108,21 +106,16 @@ def _cpu_model() -> str | None:
 def _threads() -> dict[str, Any]:
     import torch
 
+    from nemotron_h.ops import threads
+
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    return {"torch": torch.get_num_threads(), "cpus": os.cpu_count(), "affinity": allowed, "cgroup_quota": _quota()}
-
-
-def _quota() -> float | None:
-    """CPUs that the container may use, from cgroup v2 or v1; None without a limit."""
-    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
-        try:
-            words = " ".join((CGROUP / name).read_text() for name in names).split()
-            quota, period = float(words[0]), float(words[1])
-        except (OSError, ValueError, IndexError):  # another version, or "max"
-            continue
-        if quota > 0 and period > 0:
-            return quota / period
-    return None
+    return {
+        "torch": torch.get_num_threads(),
+        "kernels": min(torch.get_num_threads(), threads.allowed_cores()),
+        "cpus": os.cpu_count(),
+        "affinity": allowed,
+        "cgroup_quota": threads.cgroup_quota(),
+    }
 
 
 def _memory(measure: bool) -> dict[str, Any]:
@@ -183,7 +176,8 @@ def _text(facts: dict[str, Any]) -> list[str]:
         f"CPU           {cpu['model'] or cpu['machine']}",
         f"features      {features or 'unknown without the kernels'}",
         f"AMX           {_amx(cpu['features'])}",
-        f"threads       torch {threads['torch']}; CPUs {threads['cpus']}, allowed {threads['affinity']}, quota {quota}",
+        f"threads       torch {threads['torch']}, kernels {threads['kernels']}; CPUs {threads['cpus']},"
+        f" allowed {threads['affinity']}, quota {quota}",
         f"memory        {size(memory['bytes'])}" + (f", read at {size(speed)}/s by torch's threads" if speed else ""),
         f"CUDA          {'available' if facts['cuda']['available'] else 'not available'};"
         f" {_listed(facts['cuda']['packages'])}; {facts['cuda']['note']}",

@@ -31,6 +31,9 @@ def command(
     ] = None,
     changes: _options.Set = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "bfloat16",
+    quantization: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="Pack the weights: int8 or int4, ready to be mapped.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal weights.")] = 0,
     json: _options.Json = False,
 ) -> None:
@@ -40,6 +43,8 @@ def command(
     empty or not exist. There is no tokenizer in it: give prompts as --ids, or copy a tokenizer.json.
     """
     check_dtype(dtype, allow_auto=False)
+    if quantization not in (None, "int8", "int4"):
+        raise InputError(f"--quantization {quantization}: use int8 or int4")
     if not 0 <= seed < 2**63:
         raise InputError(f"--seed {seed}: must be an integer from 0 to 2^63 - 1")
     fields = assignments(changes or [])
@@ -48,16 +53,16 @@ def command(
     of = shape(preset, fields)
     spec = family.describe(of.config)  # every error of the shape before the long imports
     count = family.count(spec)
-    _check_place(directory, _least_bytes(count, dtype))
-    specs = _write(of, spec, directory, dtype, seed)
+    _check_place(directory, _least_bytes(count, dtype, quantization))
+    specs = _write(of, spec, directory, dtype, seed, quantization)
     written = sum(entry.nbytes for entry in specs)
     note(f"wrote {len(specs):,} tensors, {count.total:,} parameters, {size(written)} to {directory}")
     if json:
         print_json({"directory": str(directory), "parameters": count.total, "tensors": len(specs), "bytes": written})
 
 
-def _least_bytes(count: family.Count, dtype: str) -> int:
-    return count.total * int(family.DTYPE_BYTES[dtype])
+def _least_bytes(count: family.Count, dtype: str, quantization: str | None) -> int:
+    return int(count.total * family.DTYPE_BYTES[quantization or dtype])
 
 
 def _check_place(directory: Path, needed: int) -> None:
@@ -72,7 +77,7 @@ def _check_place(directory: Path, needed: int) -> None:
         raise InputError(f"{directory}: needs {size(needed)}, {size(free)} are free there")
 
 
-def _write(of: Shape, spec: Any, directory: Path, dtype: str, seed: int) -> list[TensorSpec]:
+def _write(of: Shape, spec: Any, directory: Path, dtype: str, seed: int, quantization: str | None) -> list[TensorSpec]:
     """The checkpoint, complete or not at all: without weights config.json loads nothing, so they come last."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
@@ -85,24 +90,44 @@ def _write(of: Shape, spec: Any, directory: Path, dtype: str, seed: int) -> list
     from nemotron_h.checkpoint.safetensors import TensorSpec, torch_dtype
     from nemotron_h.configuration import NemotronHConfig
     from nemotron_h.initialization import initialize
+    from nemotron_h.ops.pack import empty_panels, pack_into
+    from nemotron_h.packing import packed_names
+    from nemotron_h.quantization import scheme
 
     config = NemotronHConfig.from_dict(of.config)
     config.dtype, config.architectures = dtype, ["NemotronHForCausalLM"]
-    specs = {
+    if quantization is not None:
+        config.quantization_config = scheme(quantization).to_dict()
+    floating = {
         name: TensorSpec(name, _FORMAT_NAMES["float32" if name.endswith("correction_bias") else dtype], shape_)
         for name, shape_ in family.tensors(spec)
     }
+    packed = packed_names(config) if quantization is not None else {}
+    inside = {name for entry in packed.values() for name in entry.sources}
+    specs = {name: TensorSpec(name, "U8", entry.packed_shape) for name, entry in packed.items()}
+    specs |= {name: entry for name, entry in floating.items() if name not in inside}
     bar = Progress(
         BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True)
     )
     with ExitStack() as undo, bar:
         task = bar.add_task("", total=sum(entry.nbytes for entry in specs.values()))
 
-        def produce(name: str) -> torch.Tensor:
-            entry = specs[name]
+        def random(name: str) -> torch.Tensor:
+            entry = floating[name]
             tensor = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
             initialize(name, tensor, config, torch.Generator().manual_seed(_seed(seed, name)))
-            bar.advance(task, entry.nbytes)
+            return tensor
+
+        def produce(name: str) -> torch.Tensor:
+            if name not in packed:
+                tensor = random(name)
+            else:
+                entry, tensor = packed[name], empty_panels(packed[name].packed_shape)
+                for source, panels in zip(entry.sources, tensor if tensor.dim() == 3 else tensor[None], strict=True):
+                    pack_into(panels, random(source), entry.packing)
+                    bar.advance(task, panels.numel())
+                return tensor
+            bar.advance(task, tensor.nbytes)
             return tensor
 
         if not directory.exists():

@@ -29,6 +29,7 @@ from nemotron_h.family.memory import (
     units,
 )
 from nemotron_h.family.presets import PRESETS, preset, presets
+from nemotron_h.family.reads import Reads, decode_reads
 from nemotron_h.family.rules import check, check_field
 from nemotron_h.family.spelling import (
     CODE_KEYS,
@@ -57,6 +58,7 @@ __all__ = [
     "Count",
     "Field",
     "Layer",
+    "Reads",
     "Training",
     "Unit",
     "add_block",
@@ -67,6 +69,7 @@ __all__ = [
     "check_model_type",
     "count",
     "decode",
+    "decode_reads",
     "describe",
     "full_training",
     "language_model",

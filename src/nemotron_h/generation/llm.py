@@ -129,7 +129,9 @@ class LLM:
         adapters: Adapters side by side, name to directory or hub id; a request chooses one by
             `SamplingParams(adapter=name)`, and without it the model writes as it would without adapters. A model given
             as an object is wrapped in place, its weights frozen (`load_adapter`).
-        quantization, speculative: Not in this version (`UnsupportedError`).
+        quantization: "int8" or "int4" packs the weights of a checkpoint while they are read; None takes them as they
+            are, packed ones included. A model in memory has `model.quantize("int4")`.
+        speculative: Not in this version (`UnsupportedError`).
         max_num_seqs, prefix_cache, num_speculative_tokens: Accepted; this engine runs one sequence at a time, without.
 
     Raises:
@@ -151,15 +153,17 @@ class LLM:
         num_speculative_tokens: int = 3,
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     ) -> None:
-        unsupported = {"quantization": quantization, "speculative": speculative}
-        for name, value in unsupported.items():
-            if value:
-                raise UnsupportedError(f"LLM({name}={value!r}) is not in this version; leave it out")
+        if speculative:
+            raise UnsupportedError(f"LLM(speculative={speculative!r}) is not in this version; leave it out")
         for name, value in {"threads": threads, "max_model_len": max_model_len}.items():
             if value is not None and (type(value) is not int or value < 1):
                 raise InputError(f"{name}={short(value)}: must be an integer >= 1 or None")
         if isinstance(model, NemotronHForCausalLM):
             self.model, self._text = model, Text(None)
+            if quantization is not None:  # would pack the caller's own model
+                raise InputError(
+                    f"LLM(model, quantization={quantization!r}): call model.quantize({quantization!r}) first"
+                )
         elif not isinstance(model, str | os.PathLike):
             raise InputError(f"model must be a path, a hub id or a NemotronHForCausalLM, got {type(model).__name__}")
         else:
@@ -168,7 +172,7 @@ class LLM:
                 raise UnsupportedError(f"{name}: GGUF files are not read by this version")
             if Path(name).is_file():
                 raise ModelNotFoundError(f"{name}: a file; give the directory that holds config.json and the weights")
-            self.model = NemotronHForCausalLM.from_pretrained(name, dtype=dtype).to(device)
+            self.model = NemotronHForCausalLM.from_pretrained(name, dtype=dtype, quantization=quantization).to(device)
             self._text = Text.load(name)
         self.model.eval()
         self._adapters = ActiveAdapters(self.model, adapters) if adapters else None
@@ -349,10 +353,10 @@ class LLM:
         room = min(params.max_tokens, self.max_model_len - len(ids))
         logits_V, cache = prefilled.logits_V, prefilled.cache
         for step in range(room):
-            if not bool(logits_V.isfinite().all()):
+            token = sampler.choose(logits_V)
+            if token < 0:
                 yield Event(stops.finish(), None, None, "error", "the model's logits are not finite")
                 return
-            token = sampler.choose(logits_V)
             logprobs = None
             if params.logprobs is not None:
                 logprobs = top_logprobs(logits_V.log_softmax(-1), token, params.logprobs)

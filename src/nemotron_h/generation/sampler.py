@@ -1,4 +1,4 @@
-"""From a row of logits to a token: penalties, bias, temperature, truncation, draw.
+"""From a row of logits to a token: penalties, bias, and the random numbers that ops.sample draws with.
 
 Letters: V vocabulary.
 """
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from nemotron_h.generation.params import SamplingParams
+from nemotron_h.ops.sample import sample
 
-LOWEST_TEMPERATURE = 1e-30  # float32 would round a smaller one to zero; below 1e-6 it makes no difference anyway
+RANDOM_BITS = 53  # of a float's mantissa
 
 
 class Sampler:
@@ -29,20 +30,24 @@ class Sampler:
         self.prompt_length = len(self.said)
 
     def choose(self, logits_V: Tensor) -> int:
-        """The next token for float32 logits on the CPU; the caller has checked that they are finite."""
+        """The next token for float32 logits on the CPU; -1 when one of them is NaN or infinite."""
         params = self.params
-        logits_V = self._adjust(logits_V)
-        if params.temperature == 0:
-            token = int(logits_V.argmax())
-        else:
-            scaled_V = (logits_V - logits_V.max()) / max(params.temperature, LOWEST_TEMPERATURE)  # no overflow
-            kept_V = truncate(scaled_V, params.top_k, params.top_p, params.min_p)
-            token = int(torch.multinomial(kept_V.softmax(-1), 1, generator=self.generator))
-        self.said.append(token)
+        u = self._uniform() if params.temperature > 0 else 0.0
+        token = sample(self._adjust(logits_V), params.temperature, params.top_k, params.top_p, params.min_p, u)
+        if token >= 0:
+            self.said.append(token)
         return token
 
+    def _uniform(self) -> float:
+        """A uniform random number in [0, 1)."""
+        return int(torch.randint(1 << RANDOM_BITS, (), generator=self.generator)) * 2.0**-RANDOM_BITS
+
     def _adjust(self, logits_V: Tensor) -> Tensor:
+        """The logits with bias and penalties; where one is not finite, as they are."""
         params = self.params
+        penalties = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+        if not (penalties or params.logit_bias) or not bool(logits_V.isfinite().all()):
+            return logits_V
         logits_V = logits_V.clone()
         if params.repetition_penalty != 1:
             seen = torch.tensor(sorted(set(self.said)), dtype=torch.long)
@@ -57,22 +62,6 @@ class Sampler:
             logits_V[token] += bias
         limits = torch.finfo(logits_V.dtype)
         return logits_V.clamp(limits.min, limits.max)  # a penalty may have led an extreme one to infinity
-
-
-def truncate(logits_V: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Logits with everything outside top_k, top_p and min_p at -inf; the best token always stays."""
-    keep_V = torch.ones_like(logits_V, dtype=torch.bool)
-    if 0 < top_k < logits_V.shape[0]:
-        chosen = logits_V.topk(top_k).indices
-        keep_V &= torch.zeros_like(keep_V).scatter(0, chosen, True)
-    if top_p < 1:
-        probability, order = logits_V.masked_fill(~keep_V, -torch.inf).softmax(-1).sort(descending=True, stable=True)
-        wanted = probability.cumsum(-1) - probability < top_p  # the better tokens alone do not reach it
-        wanted[0] = True  # however small top_p is
-        keep_V &= torch.zeros_like(keep_V).scatter(0, order, wanted)
-    if min_p > 0:
-        keep_V &= logits_V.softmax(-1) >= min_p * logits_V.softmax(-1).max()
-    return logits_V.masked_fill(~keep_V, -torch.inf)
 
 
 def top_logprobs(logprobs_V: Tensor, token: int, count: int) -> dict[int, float]:

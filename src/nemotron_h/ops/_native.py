@@ -8,7 +8,7 @@ from typing import Protocol
 from nemotron_h.errors import KernelError
 from nemotron_h.ops import settings
 
-INTERFACE_VERSION = 1  # csrc/kernels.h: interface_version
+INTERFACE_VERSION = 2  # csrc/kernels.h: interface_version
 INSTALL_HINT = "install a C++ compiler and Python's headers (apt-get install g++ python3-dev), then nemotron-h again"
 
 
@@ -31,6 +31,70 @@ class Kernels(Protocol):
         w_dtype: int,
         /,
     ) -> None: ...
+
+    def linear(self, *args: int) -> None: ...
+    def experts(self, *args: int) -> bool: ...
+    def pack(self, w: int, rows: int, cols: int, format: int, panels: int, /) -> bool: ...
+
+    def router(
+        self,
+        x: int,
+        x_dtype: int,
+        x_stride: int,
+        tokens: int,
+        weight: int,
+        weight_dtype: int,
+        experts: int,
+        cols: int,
+        bias: int,
+        top_k: int,
+        n_group: int,
+        topk_group: int,
+        norm: bool,
+        scaling: float,
+        out_experts: int,
+        out_weights: int,
+        out_logits: int,
+        /,
+    ) -> None: ...
+
+    def sample(
+        self,
+        logits: int,
+        vocabulary: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        u: float,
+        scratch: int,
+        /,
+    ) -> int: ...
+
+    def attention(
+        self,
+        shape: int,
+        q: int,
+        q_dtype: int,
+        k: int,
+        v: int,
+        kv_dtype: int,
+        k_scale: int,
+        v_scale: int,
+        visible: int,
+        scratch: int,
+        out: int,
+        /,
+    ) -> None: ...
+
+    # In the order of csrc/kernels.h.
+    def ssd_step(self, *arguments: int) -> None: ...
+
+    def causal_conv1d(self, *arguments: int) -> None: ...
+
+    def gated_rms_norm(self, *arguments: float) -> None: ...
+
+    def time_step(self, *arguments: float) -> None: ...
 
 
 def load() -> ModuleType | None:
@@ -94,6 +158,14 @@ def _kernels(of_level: str) -> Kernels:
     if of_level not in levels():
         raise KernelError(f"No kernel level {of_level!r}: this CPU has {', '.join(levels())}.")
     return module.Kernels(of_level)
+
+
+def extension() -> ModuleType:
+    """The extension module. Raises `KernelError` where there is none."""
+    module = load()
+    if module is None:
+        raise KernelError(why_missing())
+    return module
 
 
 def cpu_features() -> dict[str, bool]:

@@ -7,8 +7,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from nemotron_h.errors import InputError
 from nemotron_h.ops import dispatch
-from nemotron_h.ops.attention import reference
+from nemotron_h.ops.attention import native, reference
+from nemotron_h.ops.attention.int8 import Int8Rows, quantize
+
+__all__ = ["AttentionResult", "Int8Rows", "attention", "quantize"]
 
 
 class AttentionResult(NamedTuple):
@@ -18,14 +22,15 @@ class AttentionResult(NamedTuple):
     weights: Tensor | None
 
 
-_SDPA = dispatch.register("attention", reference.attention)
+_SDPA = dispatch.register("attention", reference.attention, native.attention, native.refusal)
+_INT8 = dispatch.register("attention_int8", reference.attention_int8, native.attention_int8, native.refusal_int8)
 _EAGER = dispatch.register("attention_weights", reference.attention_weights)
 
 
 def attention(
     q_BTQd: Tensor,
-    k_BKSd: Tensor,
-    v_BKSd: Tensor,
+    k_BKSd: Tensor | Int8Rows,
+    v_BKSd: Tensor | Int8Rows,
     visible: Tensor | None = None,
     causal: bool = False,
     dropout: float = 0.0,
@@ -35,12 +40,25 @@ def attention(
 ) -> AttentionResult:
     """`softmax(q·kᵀ / sqrt(d)) v` with the softmax in float32; query head h uses key head h // (Q/K).
 
+    The kernel takes up to 8 queries of a row at once, any number of keys. A row of its result depends on its own query
+    and the keys that it sees, bit for bit: not on the level, the other queries, or what lies in unseen slots.
+
     Args:
+        k_BKSd, v_BKSd: Tensors, any strides as long as a position's d channels are contiguous; or both `Int8Rows`.
         visible: Boolean, broadcastable to [B, 1, T, S]: which keys a query sees; every query must see one.
         causal: Instead of `visible`, with T = S: key j is seen by query i iff j <= i.
         dropout: Probability with which attention weights are dropped.
         return_weights: Form the probabilities explicitly and return them too.
+
+    Raises:
+        InputError: one of keys and values is int8, the other not. KernelError: `impl="native"` cannot run.
     """
-    if return_weights:
-        return AttentionResult(*_EAGER(q_BTQd, k_BKSd, v_BKSd, visible, causal, dropout, impl=impl))
-    return AttentionResult(_SDPA(q_BTQd, k_BKSd, v_BKSd, visible, causal, dropout, impl=impl), None)
+    if isinstance(k_BKSd, Int8Rows) != isinstance(v_BKSd, Int8Rows):
+        raise InputError("attention: keys and values must both be tensors or both Int8Rows; quantize both or neither.")
+    if isinstance(k_BKSd, Int8Rows) and isinstance(v_BKSd, Int8Rows):
+        if not return_weights:
+            return AttentionResult(_INT8(q_BTQd, *k_BKSd, *v_BKSd, visible, causal, dropout, impl=impl), None)
+        k_BKSd, v_BKSd = k_BKSd.dequantized(q_BTQd.dtype), v_BKSd.dequantized(q_BTQd.dtype)
+    op = _EAGER if return_weights else _SDPA
+    result = op(q_BTQd, k_BKSd, v_BKSd, visible, causal, dropout, impl=impl)
+    return AttentionResult(*result) if return_weights else AttentionResult(result, None)

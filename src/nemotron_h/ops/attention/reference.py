@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nemotron_h.ops.attention.int8 import Int8Rows
 from nemotron_h.ops.tracing import tracing
 
 BLOCK = 256  # queries that share one span of keys, so that packed documents do not cost the whole [T, S] product
@@ -44,6 +45,24 @@ def _block(q_BQbd: Tensor, k_BQSd: Tensor, v_BQSd: Tensor, visible: Tensor, drop
     low, high = int(seen[0]), int(seen[-1]) + 1
     k_BQSd, v_BQSd = k_BQSd[:, :, low:high], v_BQSd[:, :, low:high]
     return F.scaled_dot_product_attention(q_BQbd, k_BQSd, v_BQSd, attn_mask=visible[..., low:high], dropout_p=dropout)
+
+
+def attention_int8(
+    q_BTQd: Tensor,
+    k_BKSd: Tensor,
+    k_scale_BKS: Tensor,
+    v_BKSd: Tensor,
+    v_scale_BKS: Tensor,
+    visible: Tensor | None,
+    causal: bool,
+    dropout: float,
+) -> Tensor:
+    """Of int8 rows [B, K, S, d] times scales [B, K, S]: in the queries' dtype."""
+    k_BKSd, v_BKSd = (
+        Int8Rows(rows, scale).dequantized(q_BTQd.dtype)
+        for rows, scale in ((k_BKSd, k_scale_BKS), (v_BKSd, v_scale_BKS))
+    )
+    return attention(q_BTQd, k_BKSd, v_BKSd, visible, causal, dropout)
 
 
 def attention_weights(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from nemotron_h.ops import dispatch
-from nemotron_h.ops.causal_conv1d import cuda, reference
+from nemotron_h.ops.causal_conv1d import cuda, native, reference
 from nemotron_h.ops.causal_conv1d.reference import next_window
 
 __all__ = ["ConvResult", "causal_conv1d", "next_window"]
@@ -21,7 +21,7 @@ class ConvResult(NamedTuple):
     window: Tensor
 
 
-_CONV = dispatch.register("causal_conv1d", reference.causal_conv1d)
+_CONV = dispatch.register("causal_conv1d", reference.causal_conv1d, native.causal_conv1d, native.refusal)
 
 
 def causal_conv1d(

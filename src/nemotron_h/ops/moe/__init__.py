@@ -7,9 +7,15 @@ import torch
 from torch import Tensor
 
 from nemotron_h.ops import dispatch
-from nemotron_h.ops.moe import grouped, reference
+from nemotron_h.ops.linear.native import MOST_ROWS
+from nemotron_h.ops.moe import grouped, native, reference
+from nemotron_h.quantization import Arithmetic, Packing
 
-_EXPERTS = dispatch.register("moe", reference.experts, grouped.experts, grouped.refusal, fast_name="grouped")
+_MANY = dispatch.register("moe", reference.experts, grouped.experts, grouped.refusal, fast_name="grouped")
+_FEW = dispatch.register("moe_few", reference.experts, native.experts, native.refusal, slack=16.0)
+_PACKED = dispatch.register(
+    "packed_moe", reference.packed_experts, native.packed_experts, native.packed_refusal, slack=16.0
+)
 
 
 def experts(
@@ -30,9 +36,36 @@ def experts(
         experts_Mk: Expert ids, ascending in each row.
         weights_Mk: Their weights, float32.
         up_EFL, down_ELF: Stacked projections, out x in.
-        impl: "reference" or "grouped" (torch._grouped_mm); None takes what fits.
+        impl: "reference", "native" (the C++ kernel, up to 8 tokens) or "grouped" (torch._grouped_mm); None takes what
+            fits.
     """
-    return _EXPERTS(x_ML, experts_Mk, weights_Mk, up_EFL, down_ELF, activation, up_bias_EF, down_bias_EL, impl=impl)
+    op = _FEW if impl == "native" or (impl is None and len(x_ML) <= MOST_ROWS) else _MANY
+    return op(x_ML, experts_Mk, weights_Mk, up_EFL, down_ELF, activation, up_bias_EF, down_bias_EL, impl=impl)
+
+
+def packed_experts(
+    x_ML: Tensor,
+    experts_Mk: Tensor,
+    weights_Mk: Tensor,
+    up: Tensor,
+    down: Tensor,
+    packing: Packing,
+    width: int,
+    activation: str,
+    up_bias_EF: Tensor | None = None,
+    down_bias_EL: Tensor | None = None,
+    arithmetic: Arithmetic = "int8",
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """`experts` over packed weights, any number of tokens; each expert that any token chose is read once for 8 tokens.
+
+    Args:
+        up, down: Stacks of E packed matrices, width x L and L x width, uint8 [E, panels, bytes].
+        arithmetic: As in `ops.linear.packed_linear`, for the inputs of both projections.
+    """
+    args = (x_ML, experts_Mk, weights_Mk, up, down, packing, width, activation, up_bias_EF, down_bias_EL, arithmetic)
+    return _PACKED(*args, impl=impl)
 
 
 def load(

@@ -9,7 +9,9 @@ from nemotron_h.ops import dispatch
 from nemotron_h.ops.norm import native, reference
 
 _RMS_NORM = dispatch.register("rms_norm", reference.rms_norm, native.rms_norm, native.refusal, slack=0.5)
-_GATED_RMS_NORM = dispatch.register("gated_rms_norm", reference.gated_rms_norm)
+_GATED_RMS_NORM = dispatch.register(
+    "gated_rms_norm", reference.gated_rms_norm, native.gated_rms_norm, native.gated_refusal, slack=1.0
+)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str | None = None) -> Tensor:
@@ -28,6 +30,8 @@ def gated_rms_norm(
     """Gate, then RMS over each of G = n_groups groups: `u = y·silu(z)`, `weight · (u · rsqrt(mean_group(u²) + eps))`.
 
     y, z [..., I] and weight [I]; computed in float32, in float64 when y or z is. Returns [..., I] in z's dtype, which
-    is the model's: y may come from the SSD in float32. Raises `InputError` when the shapes do not fit.
+    is the model's: y may come from the SSD in float32. The kernel takes float32 and bfloat16 in any mix; its bits do
+    not depend on its level, on the number of rows or on the threads. Raises `InputError` when the shapes do not fit,
+    `KernelError` when `impl="native"` cannot run.
     """
     return _GATED_RMS_NORM(y, z, weight, eps, n_groups, impl=impl)

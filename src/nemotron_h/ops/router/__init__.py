@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from nemotron_h.ops import dispatch
-from nemotron_h.ops.router import reference
+from nemotron_h.ops.router import check, native, reference
 
 
 class Routing(NamedTuple):
@@ -19,7 +19,7 @@ class Routing(NamedTuple):
     logits: Tensor
 
 
-_ROUTE = dispatch.register("router", reference.route)
+_ROUTE = dispatch.register("router", reference.route, native.route, native.refusal, check=check.wrong)
 
 
 def route(
@@ -36,11 +36,19 @@ def route(
 ) -> Routing:
     """`s = sigmoid(x Wᵀ)`; the bias takes part in the choice of experts and not in their weights. All in float32.
 
+    x [M, D], weight [E, D], bias [E], any floating dtypes. Of equal scores (of experts, of groups) the one with the
+    lower id is chosen; NaN counts as greater than every number. The kernel takes up to 8 tokens and 512 experts, x and
+    weight in float32 or bfloat16, the bias in float32.
+
     Args:
         n_group: Equal groups of experts; a group's score is the sum of its two best.
         topk_group: Best groups whose experts may be chosen.
         norm_topk_prob: Divide a token's weights by their sum.
         scaling_factor: Multiplies the weights at the end.
+
+    Raises:
+        InputError: top_k is not in 1 to E, or the groups do not fit E experts.
+        KernelError: `impl="native"` cannot run.
     """
     return Routing(
         *_ROUTE(

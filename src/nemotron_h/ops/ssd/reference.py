@@ -27,16 +27,21 @@ def step(
     C_BTGN: Tensor,
     D_H: Tensor,
     state_BHPN: Tensor | None,
+    out_state_BHPN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence for a single token (T = 1). See `nemotron_h.ops.ssd.ssd`."""
-    x_BHP, dt_BH, A_H, B_BGN, C_BGN, D_H = _wide(x_BTHP[:, 0], dt_BTH[:, 0], A_H, B_BTGN[:, 0], C_BTGN[:, 0], D_H)
-    per_group = x_BHP.shape[1] // B_BGN.shape[1]
-    B_BHN, C_BHN = (m.repeat_interleave(per_group, dim=1) for m in (B_BGN, C_BGN))
-    new_BHPN = (dt_BH[..., None] * x_BHP)[..., None] * B_BHN[:, :, None]
-    if state_BHPN is not None:
-        new_BHPN = torch.exp(dt_BH * A_H)[..., None, None] * state_BHPN.to(x_BHP.dtype) + new_BHPN
-    y_BHP = (new_BHPN @ C_BHN[..., None])[..., 0] + D_H[:, None] * x_BHP
-    return y_BHP[:, None], new_BHPN
+    """The recurrence, token by token; `out_state_BHPN` is a kernel's. See `nemotron_h.ops.ssd.ssd`."""
+    x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H = _wide(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H)
+    per_group = x_BTHP.shape[2] // B_BTGN.shape[2]
+    B_BTHN, C_BTHN = (m.repeat_interleave(per_group, dim=2) for m in (B_BTGN, C_BTGN))
+    h_BHPN = None if state_BHPN is None else state_BHPN.to(x_BTHP.dtype)
+    outputs = []
+    for t in range(x_BTHP.shape[1]):
+        x_BHP, dt_BH = x_BTHP[:, t], dt_BTH[:, t]
+        added_BHPN = (dt_BH[..., None] * x_BHP)[..., None] * B_BTHN[:, t, :, None]
+        h_BHPN = added_BHPN if h_BHPN is None else torch.exp(dt_BH * A_H)[..., None, None] * h_BHPN + added_BHPN
+        outputs.append((h_BHPN @ C_BTHN[:, t, ..., None])[..., 0] + D_H[:, None] * x_BHP)
+    assert h_BHPN is not None  # there is a token
+    return torch.stack(outputs, dim=1), h_BHPN
 
 
 def chunk_scan(

@@ -1,0 +1,46 @@
+// A linear layer for a few rows: the weights stream past once, every thread takes panels of 16 output rows (product.h).
+#include "product.h"
+
+namespace nemotron_h {
+namespace NEMOTRON_H_LEVEL {
+namespace {
+
+inline f32x16 with_bias(f32x16 y, const void* bias, Dtype dtype, size_t n, size_t count) {
+    if (bias == nullptr) return y;
+    if (dtype == Dtype::float32) return add(y, load_up_to(static_cast<const float*>(bias) + n, count));
+    return add(y, load_up_to(static_cast<const bf16*>(bias) + n, count));
+}
+
+template <typename Out>
+inline void put(Out* out, f32x16 y, size_t count) {
+    if (count >= lanes) store(out, y);
+    else store(out, y, count);
+}
+
+}  // namespace
+
+void linear(const void* x, Dtype x_dtype, size_t x_stride, size_t M, const void* w, Format format, size_t w_stride,
+            size_t N, size_t K, size_t group, ScaleType scale_type, Arithmetic arithmetic, const void* bias,
+            Dtype bias_dtype, Activation activation, void* out, Dtype out_dtype, size_t out_stride,
+            void* scratch) noexcept {
+    const FlushSubnormals flush;
+    const Weights weights{w, format, w_stride, N, K, group, scale_type};
+    char* at = static_cast<char*>(scratch);
+    const Rows rows = place_rows(M, K, takes_float(format, arithmetic), at);
+    prepare_rows(x, x_dtype, x_stride, M, K, rows);
+    parallel(weights.panels(), panel_grain(weights), [&](size_t begin, size_t end) {
+        for (size_t panel = begin; panel < end; ++panel) {
+            const size_t n = panel * panel_rows, count = N - n;
+            panel_products(weights, panel, rows, nullptr, M, [&](size_t m, f32x16 y) {
+                y = with_bias(y, bias, bias_dtype, n, count);
+                if (activation == Activation::relu2) y = relu2(y);
+                const size_t to = m * out_stride + n;
+                if (out_dtype == Dtype::float32) put(static_cast<float*>(out) + to, y, count);
+                else put(static_cast<bf16*>(out) + to, y, count);
+            });
+        }
+    });
+}
+
+}  // namespace NEMOTRON_H_LEVEL
+}  // namespace nemotron_h

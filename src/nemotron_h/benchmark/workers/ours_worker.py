@@ -1,0 +1,120 @@
+"""This package's model, in a process of its own.
+
+Letters: B = 1 row · T tokens · V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import nemotron_h
+from nemotron_h import (
+    LLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
+    NemotronHHybridDynamicCache,
+    SamplingParams,
+    packing,
+)
+from nemotron_h.benchmark.workers.torch_model import Decoder, stored_bytes
+
+
+class Worker:
+    """Actions: `load`, then `fill`, `decode` and `compare_paths` in any order; or `write` alone."""
+
+    model: NemotronHForCausalLM
+    decoder: Decoder
+
+    def load(
+        self, config: dict[str, Any] | None, path: str | None, quantization: str | None, threads: int
+    ) -> dict[str, Any]:
+        """The weights at `path`, or random ones of a configuration; the seconds include the first token."""
+        torch.set_num_threads(threads)
+        start = time.perf_counter()
+        if path is not None:
+            self.model = loaded_model(path, quantization, threads)
+        else:
+            assert config is not None
+            self.model = random_model(config, quantization)
+        self.decoder = Decoder(self._step, self.model.config.vocab_size)
+        self.decoder.decode(1)
+        return {
+            "seconds": time.perf_counter() - start,
+            "weight_bytes": stored_bytes(self.model),
+            "version": nemotron_h.__version__,
+        }
+
+    def write(self, config: dict[str, Any], quantization: str | None, directory: str) -> None:
+        """A checkpoint with random weights."""
+        random_model(config, quantization).save_pretrained(directory)
+
+    def fill(self, context: int) -> None:
+        self.decoder.fill(context)
+
+    def decode(self, tokens: int) -> dict[str, Any]:
+        seconds, finite = self.decoder.decode(tokens)
+        return {"seconds": seconds, "finite": finite}
+
+    def compare_paths(self, tokens: int, repeats: int) -> dict[str, Any]:
+        """Tokens per second of the plain step, `model.generate` and `LLM.generate`; medians of alternating rounds.
+
+        Each starts with one random token, and writes greedily without an end.
+        """
+        ways = {"step": self._by_step, "model.generate": self._by_generate, "LLM.generate": self._by_llm}
+        for way in ways.values():
+            way(4)
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(repeats):
+            for name, way in ways.items():
+                seconds[name].append(timed(way, tokens))
+        return {"tokens_per_second": {name: tokens / statistics.median(s) for name, s in seconds.items()}}
+
+    def _step(self, ids_BT: Tensor, cache: NemotronHHybridDynamicCache | None) -> tuple[Tensor, Any]:
+        cache = NemotronHHybridDynamicCache(self.model.config) if cache is None else cache
+        out = self.model(ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1], out.past_key_values
+
+    def _by_step(self, tokens: int) -> None:
+        decoder = Decoder(self._step, self.model.config.vocab_size)
+        decoder.decode(tokens)
+
+    def _by_generate(self, tokens: int) -> None:
+        ids_BT = torch.tensor([[random.randrange(self.model.config.vocab_size)]])
+        model: Any = self.model  # transformers types `generate` for its own classes
+        out_BT = model.generate(
+            ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=tokens, min_new_tokens=tokens,
+            do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+        assert out_BT.shape[1] == 1 + tokens
+
+    def _by_llm(self, tokens: int) -> None:
+        llm = LLM(self.model, threads=torch.get_num_threads())
+        prompt = [random.randrange(self.model.config.vocab_size)]
+        result = llm.generate(prompt, SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True))[0]
+        assert len(result.token_ids) == tokens
+
+
+def timed(work: Callable[[int], None], tokens: int) -> float:
+    start = time.perf_counter()
+    work(tokens)
+    return time.perf_counter() - start
+
+
+def loaded_model(path: str, quantization: str | None, threads: int) -> NemotronHForCausalLM:
+    """Weights from files, as `LLM` loads them; a packed checkpoint says itself what it is."""
+    packed = NemotronHConfig.from_pretrained(path).to_dict().get("quantization_config") is not None
+    return LLM(path, quantization=None if packed else quantization, threads=threads).model
+
+
+def random_model(config: dict[str, Any], quantization: str | None) -> NemotronHForCausalLM:
+    """Random weights: packed ones, or bfloat16."""
+    made = NemotronHConfig.from_dict(config)
+    made.dtype = torch.bfloat16
+    return packing.random_model(made, quantization)

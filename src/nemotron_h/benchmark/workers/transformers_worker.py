@@ -1,0 +1,61 @@
+"""transformers' own Nemotron-H in bfloat16, in a process of its own.
+
+Letters: B = 1 row · T tokens · V vocabulary.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from nemotron_h import NemotronHConfig
+from nemotron_h.benchmark.workers.torch_model import Decoder, random_weights, stored_bytes
+
+
+class Worker:
+    """Actions: `load`, then `fill` and `decode` in any order."""
+
+    model: Any
+    decoder: Decoder
+
+    def load(self, config: dict[str, Any], threads: int) -> dict[str, Any]:
+        """Random weights of a configuration; the seconds include the first token."""
+        torch.set_num_threads(threads)
+        start = time.perf_counter()
+        ours = NemotronHConfig.from_dict(config)
+        theirs = peer_config(ours)
+        from transformers.models.nemotron_h import NemotronHForCausalLM
+
+        self.model = random_weights(lambda: NemotronHForCausalLM(theirs), ours, torch.bfloat16, seed=0)
+        self.decoder = Decoder(self._step, ours.vocab_size)
+        self.decoder.decode(1)
+        return {
+            "seconds": time.perf_counter() - start,
+            "weight_bytes": stored_bytes(self.model),
+            "version": transformers.__version__,
+        }
+
+    def fill(self, context: int) -> None:
+        self.decoder.fill(context)
+
+    def decode(self, tokens: int) -> dict[str, Any]:
+        seconds, finite = self.decoder.decode(tokens)
+        return {"seconds": seconds, "finite": finite}
+
+    def _step(self, ids_BT: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        out = self.model(ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1], out.past_key_values
+
+
+def peer_config(ours: NemotronHConfig) -> Any:
+    """The same shape as transformers reads it, from the file that we write."""
+    from transformers.models.nemotron_h import NemotronHConfig as PeerConfig
+
+    with tempfile.TemporaryDirectory() as directory:
+        ours.save_pretrained(directory)
+        return PeerConfig.from_pretrained(directory)

@@ -1,0 +1,238 @@
+"""The linear kernels: against the reference in float64, and bit by bit against themselves.
+
+Letters: M rows · N output width · K input width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packed_cases import PACKINGS, Packed, draw
+from torch import Tensor
+
+from nemotron_h.errors import KernelError
+from nemotron_h.ops import _native, dispatch, threads
+from nemotron_h.ops.linear import linear, native, packed_linear, reference
+from nemotron_h.quantization import INT4, INT8, Packing
+
+SIZES = (1, 7, 16, 31, 64, 80, 96, 113, 128, 129, 257, 300)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    yield
+    threads._set = None  # the next kernel asks torch again
+
+
+def rows(m: int, k: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return torch.randn(m, k, generator=generator).to(dtype)
+
+
+def with_threads(count: int) -> None:
+    _native.extension().set_threads(count)
+    threads._set = torch.get_num_threads()
+
+
+def assert_in_budget(result: Tensor, low: Tensor, high: Tensor, slack: float) -> None:
+    error, allowed = dispatch.budget(result, low, high, slack)
+    assert error <= allowed
+
+
+@given(
+    seed=st.integers(0, 2**31), packing=st.sampled_from(PACKINGS), m=st.integers(1, 19), n=st.sampled_from(SIZES),
+    k=st.sampled_from(SIZES), dtype=st.sampled_from(DTYPES), bias=st.booleans(),
+    arithmetic=st.sampled_from(("int8", "float32")),
+)  # fmt: skip
+@settings(max_examples=120, deadline=None)
+def test_packed_bits_and_budget(
+    seed: int, packing: Packing, m: int, n: int, k: int, dtype: torch.dtype, bias: bool, arithmetic: str
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight, _ = draw(packing, n, k, generator)
+    x, bias_N = rows(m, k, dtype, generator), torch.randn(n, generator=generator) if bias else None
+    args = (weight.panels, packing, n, bias_N, arithmetic)
+    result = native.packed_linear(x, *args, level="generic")
+    low, high = reference.packed_linear(x, *args), reference.packed_linear(x.double(), *args)
+    assert_in_budget(result, low, high, slack=8.0)
+    for level in _native.levels():
+        for count in (1, 2, 3):
+            with_threads(count)
+            assert torch.equal(native.packed_linear(x, *args, level=level), result)
+    for row in range(m):
+        assert torch.equal(native.packed_linear(x[row], *args), result[row])
+
+
+@given(
+    seed=st.integers(0, 2**31), m=st.integers(1, 8), n=st.sampled_from(SIZES), k=st.sampled_from(SIZES),
+    dtype=st.sampled_from(DTYPES), bias=st.booleans(), offset=st.integers(0, 3),
+)  # fmt: skip
+@settings(max_examples=120, deadline=None)
+def test_plain_bits_and_budget(seed: int, m: int, n: int, k: int, dtype: torch.dtype, bias: bool, offset: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    wide_NK = torch.randn(n, k + offset, generator=generator).to(dtype)
+    weight_NK = wide_NK[:, offset:]  # rows at a distance, at any alignment
+    x, bias_N = rows(m, k, dtype, generator), torch.randn(n, generator=generator).to(dtype) if bias else None
+    result = native.linear(x, weight_NK, bias_N, level="generic")
+    high = reference.linear(x.double(), weight_NK.double(), None if bias_N is None else bias_N.double())
+    assert_in_budget(result, reference.linear(x, weight_NK, bias_N), high, slack=2.0)
+    for level in _native.levels():
+        for count in (1, 2, 3):
+            with_threads(count)
+            assert torch.equal(native.linear(x, weight_NK, bias_N, level=level), result)
+    for row in range(m):
+        assert torch.equal(native.linear(x[row : row + 1], weight_NK.clone(), bias_N)[0], result[row])
+
+
+def test_the_order_of_additions_is_the_matrix_units() -> None:
+    """For each 32 columns an even and an odd chain of fused multiply-adds from zero; their sum joins the total."""
+    generator = torch.Generator().manual_seed(3)
+    x, w = (torch.randn(n, 70, generator=generator).bfloat16() for n in (1, 5))
+    chained = torch.zeros(5)
+    for first in range(0, 70, 32):
+        parts = []
+        for parity in (0, 1):
+            acc = torch.zeros(5, dtype=torch.float32)
+            for k in range(first + parity, min(first + 32, 70), 2):  # a product of bfloat16 is exact in float64
+                acc = (w[:, k].double() * x[0, k].double() + acc.double()).float()
+            parts.append(acc)
+        chained = chained + (parts[0] + parts[1])
+    result = native.linear(x.float(), w.float(), None)
+    assert torch.equal(result[0], chained)
+    assert torch.equal(native.linear(x, w, None)[0], chained.bfloat16())
+
+
+@pytest.mark.parametrize("packing", [INT8, INT4], ids=lambda p: p.name)
+@pytest.mark.parametrize("level", _native.levels())
+def test_large_and_odd_sizes(packing: Packing, level: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for n, k in ((2688, 1856), (33, 15680), (113, 4480), (1, 3136), (32768, 80)):
+        weight, _ = draw(packing, n, k, generator)
+        x = rows(2, k, torch.bfloat16, generator)
+        result = native.packed_linear(x, weight.panels, packing, n, None, "int8", level=level)
+        args = (weight.panels, packing, n, None, "int8")
+        assert_in_budget(result, reference.packed_linear(x, *args), reference.packed_linear(x.double(), *args), 8.0)
+
+
+@pytest.mark.parametrize("level", _native.levels())
+def test_every_output_is_written_and_nothing_else(level: str) -> None:
+    """Through the raw kernel: a poisoned output with a margin, for row counts around the register blocks."""
+    generator = torch.Generator().manual_seed(1)
+    for m in (1, 3, 4, 5, 8, 9, 17):
+        for n in (1, 15, 16, 17, 40):
+            weight, _ = draw(INT4, n, 96, generator)
+            x, out = rows(m, 96, torch.float32, generator), torch.full((m, n + 3), torch.nan)
+            work = native.scratch(_native.extension().linear_scratch(m, 96, INT4.code, 0))
+            work.fill_(0x7F)
+            _native.kernels(level).linear(
+                x.data_ptr(), 0, 96, m, weight.panels.data_ptr(), INT4.code, 0, n, 96, 0, 0, 0, 0, 0, 0,
+                out.data_ptr(), 0, n + 3, work.data_ptr(),
+            )  # fmt: skip
+            assert torch.equal(out[:, :n], native.packed_linear(x, weight.panels, INT4, n, None, "int8"))
+            assert out[:, n:].isnan().all()
+
+
+def test_fused_relu2() -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight, _ = draw(INT8, 40, 64, generator)
+    x, out = rows(2, 64, torch.float32, generator), torch.full((2, 40), torch.nan)
+    work = native.scratch(_native.extension().linear_scratch(2, 64, INT8.code, 0))
+    _native.kernels().linear(
+        x.data_ptr(), 0, 64, 2, weight.panels.data_ptr(), INT8.code, 0, 40, 64, 0, 0, 0, 0, 0, 1, out.data_ptr(), 0, 40,
+        work.data_ptr(),
+    )  # fmt: skip
+    assert torch.equal(out, native.packed_linear(x, weight.panels, INT8, 40, None, "int8").relu().square())
+
+
+@pytest.mark.parametrize("arithmetic", ["int8", "float32"])
+def test_what_is_not_finite_stays_visible(arithmetic: str) -> None:
+    weight, _ = draw(INT4, 20, 300, torch.Generator().manual_seed(0))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        x = torch.ones(3, 300)
+        x[1, 200] = bad
+        result = packed_linear(x, weight.panels, INT4, 20, None, arithmetic)  # type: ignore[arg-type]
+        assert result[[0, 2]].isfinite().all()
+        assert not result[1].isfinite().any()
+        if arithmetic == "int8":
+            assert result[1].isnan().all()
+
+
+def test_tiny_and_huge_activations() -> None:
+    weight, _ = draw(INT8, 4, 128, torch.Generator().manual_seed(0))
+    one = packed_linear(torch.ones(1, 128), weight.panels, INT8, 4)
+    assert torch.equal(packed_linear(torch.full((1, 128), 2.0**100), weight.panels, INT8, 4), one * 2.0**100)
+    assert torch.equal(packed_linear(torch.full((1, 128), 2.0**-60), weight.panels, INT8, 4), one * 2.0**-60)
+    for zero in (torch.zeros(1, 128), torch.full((1, 128), 1e-40)):
+        assert torch.equal(packed_linear(zero, weight.panels, INT8, 4), torch.zeros(1, 4))
+
+
+def test_rows_of_a_slice_and_any_leading_dimensions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, _ = draw(INT4, 24, 96, generator)
+    wide = torch.randn(2, 3, 200, generator=generator)
+    for x in (wide[..., 50:146], wide[0, :, 50:146], wide[:, 1, :96], wide.transpose(0, 1)[..., :96]):
+        expected = packed_linear(x.contiguous(), weight.panels, INT4, 24)
+        assert torch.equal(packed_linear(x, weight.panels, INT4, 24), expected)
+        assert expected.shape == (*x.shape[:-1], 24)
+
+
+def test_gradients_reach_x_as_through_the_weights() -> None:
+    weight, _ = draw(INT4, 5, 64, torch.Generator().manual_seed(0))
+    x = torch.randn(2, 64, requires_grad=True)
+    packed_linear(x, weight.panels, INT4, 5, arithmetic="int8").sum().backward()
+    from nemotron_h.quantization import unpack
+
+    assert x.grad is not None
+    assert torch.allclose(x.grad, unpack(weight.panels, INT4, 5, 64).sum(0).expand(2, -1))
+
+
+def test_refusals_and_misuse() -> None:
+    weight, _ = draw(INT4, 24, 96, torch.Generator().manual_seed(0))
+    x = torch.ones(1, 96)
+    plain = torch.ones(24, 96)
+
+    def refused(message: str, *args: object) -> None:
+        with pytest.raises(KernelError, match=message):
+            packed_linear(*args, impl="native")  # type: ignore[arg-type]
+
+    refused(r"packed weights \[2, \d+\] do not fit int4 33 x 96", x, weight.panels, INT4, 33)
+    refused(r"packed weights \[2, \d+\] do not fit int4 24 x 160", torch.ones(1, 160), weight.panels, INT4, 24)
+    refused("do not fit int8 24 x 96", x, weight.panels, INT8, 24)
+    refused("takes float32 and bfloat16 rows, not torch.float16", x.half(), weight.panels, INT4, 24)
+    refused("requires grad", x.clone().requires_grad_(), weight.panels, INT4, 24)
+    refused("not contiguous", x, weight.panels.t().contiguous().t(), INT4, 24)
+    refused(r"bias \[23\] does not fit 24 outputs", x, weight.panels, INT4, 24, torch.ones(23))
+    refused("arithmetic='int4' is not one of int8, float32", x, weight.panels, INT4, 24, None, "int4")
+    for message, args in (
+        ("more than 8 rows", (torch.ones(9, 96), plain)),
+        ("one dtype", (x, plain.bfloat16())),
+        (r"weight \[24, 96\] does not fit x \[1, 95\]", (torch.ones(1, 95), plain)),
+        ("rows of weight are not contiguous", (x, torch.ones(96, 24).t())),
+    ):
+        with pytest.raises(KernelError, match=message):
+            linear(*args, impl="native")
+
+
+def test_the_kernel_is_the_default_and_check_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight: Packed = draw(INT4, 24, 96, torch.Generator().manual_seed(0))[0]
+    called = []
+    spied = native.packed_linear
+    monkeypatch.setattr(dispatch._registry["packed_linear"], "native", lambda *a: called.append(1) or spied(*a))
+    packed_linear(torch.ones(1, 96), weight.panels, INT4, 24)
+    assert called
+    monkeypatch.setenv("NEMOTRON_H_CHECK", "1")
+    from nemotron_h.ops import settings as variables
+
+    variables.refresh()
+    try:
+        packed_linear(torch.randn(3, 96), weight.panels, INT4, 24)
+        monkeypatch.setattr(dispatch._registry["packed_linear"], "native", lambda *a: -spied(*a))
+        with pytest.raises(KernelError, match="packed_linear: native"):
+            packed_linear(torch.randn(3, 96), weight.panels, INT4, 24)
+    finally:
+        monkeypatch.undo()
+        variables.refresh()

@@ -1,0 +1,386 @@
+// Every kernel of the generic level against plain loops in double: for machines without Python, such as an emulated one.
+//
+// Prints one line per case: its name, its error relative to the 2-norm of what is expected, and a digest of the output's
+// bits, which must not depend on the machine (tools/aarch64.sh compares two). Exits with 1 if an error is too large.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+using namespace nemotron_h;
+
+namespace {
+
+#define GENERIC(type, name) generic::name,
+const Kernels kernels = {NEMOTRON_H_KERNELS(GENERIC)};
+int failures = 0;
+
+// Memory at 64 bytes, as the kernels want their scratch, filled with what no result may be (NaN).
+template <typename T>
+struct Array {
+    explicit Array(size_t n) : size(n), bytes((n * sizeof(T) + 63) / 64 * 64) {
+        memory.reset(static_cast<T*>(std::aligned_alloc(64, bytes ? bytes : 64)));
+        std::memset(memory.get(), 0xff, bytes);
+    }
+    T* get() { return memory.get(); }
+    T& operator[](size_t i) { return memory.get()[i]; }
+    size_t size, bytes;
+    struct Free {
+        void operator()(T* p) const { std::free(p); }
+    };
+    std::unique_ptr<T, Free> memory;
+};
+
+using Doubles = std::vector<double>;
+
+// A matrix as a kernel takes it, in either dtype, and its exact values.
+struct Values {
+    Values(size_t n, Dtype dtype, float scale = 1.0f, float middle = 0.0f) : dtype(dtype), floats(n), halves(n), exact(n) {
+        for (size_t i = 0; i < n; ++i) {
+            state = state * 6364136223846793005ull + 1442695040888963407ull;
+            float a = middle + scale * (static_cast<float>(state >> 40) / 8388608.0f - 1.0f);
+            uint32_t bits;
+            std::memcpy(&bits, &a, 4);
+            if (dtype == Dtype::bfloat16) bits &= 0xffff0000u, std::memcpy(&a, &bits, 4);
+            floats[i] = a, halves[i] = static_cast<uint16_t>(bits >> 16), exact[i] = a;
+        }
+    }
+    const void* data() { return dtype == Dtype::float32 ? static_cast<void*>(floats.get()) : halves.get(); }
+    const float* f() { return floats.get(); }
+    double operator[](size_t i) const { return exact[i]; }
+    Dtype dtype;
+    Array<float> floats;
+    Array<uint16_t> halves;
+    Doubles exact;
+    static uint64_t state;
+};
+uint64_t Values::state = 1;
+
+struct Output {
+    Output(size_t n, Dtype dtype) : dtype(dtype), floats(n), halves(n) {}
+    void* data() { return dtype == Dtype::float32 ? static_cast<void*>(floats.get()) : halves.get(); }
+    double operator[](size_t i) {
+        if (dtype == Dtype::float32) return floats[i];
+        const uint32_t bits = static_cast<uint32_t>(halves[i]) << 16;
+        float a;
+        std::memcpy(&a, &bits, 4);
+        return a;
+    }
+    Dtype dtype;
+    Array<float> floats;
+    Array<uint16_t> halves;
+};
+
+uint64_t digest(const void* p, size_t bytes) {
+    uint64_t hash = 14695981039346656037ull;
+    for (size_t i = 0; i < bytes; ++i) hash = (hash ^ static_cast<const uint8_t*>(p)[i]) * 1099511628211ull;
+    return hash;
+}
+
+// The cases run twice, on one thread and on three: the second time only the bits are looked at.
+std::vector<uint64_t> first_run;
+size_t seen_again = 0;
+bool again = false;
+
+void report(const std::string& name, double error, double allowed, uint64_t bits) {
+    const bool ok = error <= allowed && (!again || first_run[seen_again++] == bits);  // false for NaN
+    failures += !ok;
+    if (again && ok) return;
+    first_run.push_back(bits);
+    std::printf("%-32s %.1e %s %016llx\n", name.c_str(), error, ok ? "ok" : again ? "WRONG on three threads" : "WRONG", static_cast<unsigned long long>(bits));
+}
+
+void compare(const std::string& name, Output& out, const Doubles& expected, double allowed) {
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < expected.size(); ++i) {
+        difference += (out[i] - expected[i]) * (out[i] - expected[i]);
+        norm += expected[i] * expected[i];
+    }
+    const size_t bytes = expected.size() * (out.dtype == Dtype::float32 ? 4 : 2);
+    report(name, std::sqrt(difference / norm), allowed, digest(out.data(), bytes));
+}
+
+const Dtype dtypes[] = {Dtype::float32, Dtype::bfloat16};
+std::string with(const char* name, Dtype dtype) { return name + std::string(dtype == Dtype::float32 ? " float32" : " bfloat16"); }
+double rounding(Dtype dtype) { return dtype == Dtype::float32 ? 2e-6 : 4e-3; }
+double silu(double x) { return x / (1 + std::exp(-x)); }
+
+void rms_norm() {
+    for (Dtype dtype : dtypes) {
+        const size_t rows = 3, cols = 1003;
+        Values x(rows * cols, dtype), weight(cols, dtype);
+        Output out(rows * cols, dtype);
+        kernels.rms_norm(x.data(), weight.data(), out.data(), rows, cols, cols, 1e-5f, dtype, dtype);
+        Doubles expected;
+        for (size_t r = 0; r < rows; ++r) {
+            double sum = 0;
+            for (size_t c = 0; c < cols; ++c) sum += x[r * cols + c] * x[r * cols + c];
+            for (size_t c = 0; c < cols; ++c)
+                expected.push_back(weight[c] * x[r * cols + c] / std::sqrt(sum / cols + 1e-5));
+        }
+        compare(with("rms_norm", dtype), out, expected, rounding(dtype));
+    }
+}
+
+void gated_rms_norm() {
+    for (Dtype dtype : dtypes) {
+        const size_t rows = 2, groups = 3, cols = 77, width = groups * cols;
+        Values y(rows * width, Dtype::float32), z(rows * width, dtype, 4), weight(width, dtype);
+        Output out(rows * width, dtype);
+        kernels.gated_rms_norm(y.data(), z.data(), weight.data(), out.data(), rows, groups, cols, width, width, 1e-5f,
+                               Dtype::float32, dtype, dtype);
+        Doubles expected;
+        for (size_t g = 0; g < rows * groups; ++g) {
+            double sum = 0;
+            for (size_t i = g * cols; i < (g + 1) * cols; ++i) sum += std::pow(y[i] * silu(z[i]), 2);
+            for (size_t i = g * cols; i < (g + 1) * cols; ++i)
+                expected.push_back(weight[i % width] * y[i] * silu(z[i]) / std::sqrt(sum / cols + 1e-5));
+        }
+        compare(with("gated_rms_norm", dtype), out, expected, rounding(dtype));
+    }
+}
+
+void time_step() {
+    const size_t T = 3, H = 37;
+    Values dt(T * H, Dtype::bfloat16, 6), bias(H, Dtype::float32, 2);
+    Output out(T * H, Dtype::float32);
+    kernels.time_step(dt.data(), bias.data(), out.floats.get(), 1, T, H, T * H, H, 0.001f, 5.0f, dt.dtype, bias.dtype);
+    Doubles expected;
+    for (size_t i = 0; i < T * H; ++i)
+        expected.push_back(std::min(std::max(std::log1p(std::exp(dt[i] + bias[i % H])), 0.001), 5.0));
+    compare("time_step", out, expected, 2e-6);
+}
+
+void causal_conv1d() {
+    for (Dtype dtype : dtypes) {
+        const size_t T = 3, C = 45, K = 4;
+        Values x(T * C, dtype), weight(C * K, dtype), bias(C, dtype), window(C * (K - 1), dtype);
+        Output out(T * C, dtype), left((K - 1) * C, dtype);
+        kernels.causal_conv1d(x.data(), weight.data(), bias.data(), window.data(), out.data(), left.data(), 1, T, C, K,
+                              T * C, C, C * (K - 1), K - 1, 1, dtype, dtype, dtype);
+        auto input = [&](size_t at, size_t c) { return at < K - 1 ? window[c * (K - 1) + at] : x[(at - K + 1) * C + c]; };
+        Doubles expected, kept;
+        for (size_t t = 0; t < T; ++t)
+            for (size_t c = 0; c < C; ++c) {
+                double sum = bias[c];
+                for (size_t k = 0; k < K; ++k) sum += weight[c * K + k] * input(t + k, c);
+                expected.push_back(silu(sum));
+            }
+        for (size_t k = 0; k < K - 1; ++k)
+            for (size_t c = 0; c < C; ++c) kept.push_back(input(T + k, c));
+        compare(with("causal_conv1d", dtype), out, expected, rounding(dtype));
+        compare(with("causal_conv1d window", dtype), left, kept, 0);
+    }
+}
+
+void ssd_step() {
+    for (Dtype dtype : dtypes) {
+        const size_t T = 2, H = 4, P = 20, G = 2, N = 24;
+        Values x(T * H * P, dtype), B(T * G * N, dtype), C(T * G * N, dtype), D(H, dtype), state(H * P * N, Dtype::float32);
+        Values dt(T * H, Dtype::float32, 0.4f, 0.5f), A(H, Dtype::float32, 0.4f, -1.0f);
+        Output y(T * H * P, Dtype::float32), left(H * P * N, Dtype::float32);
+        kernels.ssd_step(x.data(), dt.f(), A.f(), B.data(), C.data(), D.data(), state.data(), left.data(),
+                         y.floats.get(), 1, T, H, P, G, N, T * H * P, H * P, P, T * G * N, G * N, N, T * G * N, G * N, N,
+                         dtype, dtype, Dtype::float32, Dtype::float32);
+        Doubles h = state.exact, expected(T * H * P);
+        for (size_t t = 0; t < T; ++t)
+            for (size_t i = 0; i < H * P; ++i) {
+                const size_t head = i / P, group = (t * G + head / (H / G)) * N;
+                const double in = x[t * H * P + i], step = dt[t * H + head];
+                expected[t * H * P + i] = D[head] * in;
+                for (size_t n = 0; n < N; ++n) {
+                    h[i * N + n] = std::exp(step * A[head]) * h[i * N + n] + step * in * B[group + n];
+                    expected[t * H * P + i] += h[i * N + n] * C[group + n];
+                }
+            }
+        compare(with("ssd_step", dtype), y, expected, 2e-6);
+        compare(with("ssd_step state", dtype), left, h, 2e-6);
+    }
+}
+
+void attention() {
+    for (Dtype dtype : dtypes) {
+        const size_t T = 2, heads = 2, repeats = 3, S = 300, d = 40, Q = heads * repeats;
+        AttentionShape shape{1, T, heads, repeats, S, d, 0, {heads * S * d, S * d, d}, {heads * S * d, S * d, d}, {}, {}, {}};
+        Values q(T * Q * d, dtype, 3), k(heads * S * d, dtype), v(heads * S * d, dtype);
+        Output out(T * Q * d, dtype);
+        Array<float> scratch(heads * 2 * T * repeats * (48 + 2) + 16);
+        kernels.attention(&shape, q.data(), dtype, k.data(), v.data(), dtype, nullptr, nullptr, nullptr, scratch.get(),
+                          out.data());
+        Doubles expected(T * Q * d);
+        for (size_t i = 0; i < T * Q; ++i) {
+            const size_t head = i % Q / repeats;
+            double total = 0;
+            for (size_t s = 0; s < S; ++s) {
+                double score = 0;
+                for (size_t c = 0; c < d; ++c) score += q[i * d + c] * k[(head * S + s) * d + c];
+                score = std::exp(score / std::sqrt(static_cast<double>(d)));
+                total += score;
+                for (size_t c = 0; c < d; ++c) expected[i * d + c] += score * v[(head * S + s) * d + c];
+            }
+            for (size_t c = 0; c < d; ++c) expected[i * d + c] /= total;
+        }
+        compare(with("attention", dtype), out, expected, dtype == Dtype::float32 ? 5e-6 : 4e-3);
+    }
+}
+
+void router() {
+    const size_t M = 3, E = 40, D = 133, k = 5;
+    Values x(M * D, Dtype::bfloat16), weight(E * D, Dtype::bfloat16), bias(E, Dtype::float32, 0.2f);
+    Output logits(M * E, Dtype::float32), weights(M * k, Dtype::float32);
+    Array<int64_t> experts(M * k);
+    kernels.router(x.data(), x.dtype, D, M, weight.data(), weight.dtype, E, D, bias.f(), k, 1, 1, true, 2.5f, experts.get(),
+                   weights.floats.get(), logits.floats.get());
+    Doubles expected, shares;
+    double wrong = 0;
+    for (size_t m = 0; m < M; ++m) {
+        Doubles score;
+        for (size_t e = 0; e < E; ++e) {
+            double sum = 0;
+            for (size_t i = 0; i < D; ++i) sum += x[m * D + i] * weight[e * D + i];
+            expected.push_back(sum);
+            score.push_back(1 / (1 + std::exp(-sum)) + bias[e]);
+        }
+        std::vector<size_t> order(E);
+        std::iota(order.begin(), order.end(), 0);
+        std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return score[a] > score[b]; });
+        std::sort(order.begin(), order.begin() + k);
+        double total = 0;
+        for (size_t i = 0; i < k; ++i) total += score[order[i]] - bias[order[i]];
+        for (size_t i = 0; i < k; ++i) {
+            wrong += experts[m * k + i] != static_cast<int64_t>(order[i]);
+            shares.push_back(2.5 * (score[order[i]] - bias[order[i]]) / total);
+        }
+    }
+    compare("router logits", logits, expected, 2e-6);
+    compare("router weights", weights, shares, 2e-6);
+    report("router experts", wrong, 0, digest(experts.get(), experts.size * sizeof(int64_t)));
+}
+
+void sample() {
+    const size_t V = 5000;
+    Values logits(V, Dtype::float32, 9);
+    Array<float> scratch(sample_scratch(V));
+    std::vector<size_t> order(V);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return logits[a] > logits[b]; });
+    double wrong = kernels.sample(logits.f(), V, 0, 0, 1, 0, 0, scratch.get()) != static_cast<int64_t>(order[0]);
+    std::vector<int64_t> found;
+    for (size_t top_k : {size_t{0}, size_t{70}})
+        for (double top_p : {1.0, 0.8})
+            for (double u : {0.0, 0.3, 0.77}) {
+                found.push_back(kernels.sample(logits.f(), V, 0.9f, top_k, top_p, 0, u, scratch.get()));
+                Doubles weight(V);
+                double total = 0, before = 0, kept = 0, sum = 0;
+                for (size_t i = 0; i < (top_k ? top_k : V); ++i) {
+                    weight[order[i]] = std::exp((logits[order[i]] - logits[order[0]]) / static_cast<double>(0.9f));
+                    total += weight[order[i]];
+                }
+                for (size_t i = 0; i < V; ++i) {
+                    const double own = weight[order[i]];
+                    if (before >= top_p * total) weight[order[i]] = 0;
+                    before += own, kept += weight[order[i]];
+                }
+                size_t token = 0;
+                while ((sum += weight[token]) <= u * kept) ++token;
+                wrong += found.back() != static_cast<int64_t>(token);
+            }
+    report("sample", wrong, 0, digest(found.data(), found.size() * sizeof(int64_t)));
+}
+
+// The product with weights that were packed from w: within the error of so many bits, which plain loops need not copy.
+struct Packing {
+    const char* name;
+    Format format;
+    double error;
+};
+const Packing packings[] = {{"int8", Format::int8, 0.02}, {"int4", Format::int4, 0.15}};
+
+Doubles product(const Values& x, const Values& w, size_t M, size_t N, size_t K) {
+    Doubles out;
+    for (size_t m = 0; m < M; ++m)
+        for (size_t n = 0; n < N; ++n) {
+            double sum = 0;
+            for (size_t k = 0; k < K; ++k) sum += x[m * K + k] * w[n * K + k];
+            out.push_back(sum);
+        }
+    return out;
+}
+
+void linear() {
+    const size_t M = 3, N = 35, K = 200;
+    for (Dtype dtype : dtypes) {
+        const Format format = dtype == Dtype::float32 ? Format::float32 : Format::bfloat16;
+        Values x(M * K, dtype), w(N * K, dtype), bias(N, dtype);
+        Output out(M * N, dtype);
+        Array<uint8_t> scratch(linear_scratch(M, K, format, Arithmetic::integer));
+        kernels.linear(x.data(), dtype, K, M, w.data(), format, K, N, K, 0, ScaleType::float16, Arithmetic::integer,
+                       bias.data(), dtype, Activation::relu2, out.data(), dtype, N, scratch.get());
+        Doubles expected = product(x, w, M, N, K);
+        for (size_t i = 0; i < M * N; ++i) expected[i] = std::pow(std::max(expected[i] + bias[i % N], 0.0), 2);
+        compare(with("linear", dtype), out, expected, rounding(dtype));
+    }
+    for (const Packing& p : packings)
+        for (Arithmetic arithmetic : {Arithmetic::integer, Arithmetic::floating}) {
+            Values x(M * K, Dtype::float32), w(N * K, Dtype::float32);
+            Output out(M * N, Dtype::float32);
+            Array<uint8_t> panels((N + 15) / 16 * panel_bytes(p.format, K, 0));
+            Array<uint8_t> scratch(linear_scratch(M, K, p.format, arithmetic));
+            const bool finite = kernels.pack(w.f(), N, K, p.format, panels.get());
+            report(std::string("pack ") + p.name, finite ? 0 : 1, 0, digest(panels.get(), panels.size));
+            kernels.linear(x.data(), x.dtype, K, M, panels.get(), p.format, 0, N, K, 0, ScaleType::float16, arithmetic,
+                           nullptr, Dtype::float32, Activation::none, out.data(), Dtype::float32, N, scratch.get());
+            const char* kind = arithmetic == Arithmetic::integer ? " integer" : " floating";
+            compare(std::string("linear ") + p.name + kind, out, product(x, w, M, N, K), p.error);
+        }
+}
+
+void experts() {
+    const size_t M = 3, k = 2, E = 4, L = 70, F = 50;
+    for (Dtype dtype : dtypes) {
+        const Format format = dtype == Dtype::float32 ? Format::float32 : Format::bfloat16;
+        const size_t wide = dtype == Dtype::float32 ? 4 : 2;
+        Values x(M * L, dtype), up(E * F * L, dtype), down(E * L * F, dtype), weights(M * k, Dtype::float32, 0.4f, 0.5f);
+        const int64_t ids[M * k] = {0, 3, 1, 3, 0, 1};
+        Output out(M * L, dtype);
+        Array<uint8_t> scratch(experts_scratch(M, k, E, L, F, format, Arithmetic::integer));
+        const bool legal = kernels.experts(x.data(), dtype, L, M, k, E, ids, weights.f(), up.data(), F * L * wide,
+                                           down.data(), L * F * wide, format, 0, ScaleType::float16, Arithmetic::integer,
+                                           L, F, nullptr, nullptr, out.data(), dtype, scratch.get());
+        Doubles expected(M * L);
+        for (size_t i = 0; i < M * k; ++i) {
+            const size_t m = i / k, e = static_cast<size_t>(ids[i]);
+            Doubles inner(F);
+            for (size_t f = 0; f < F; ++f) {
+                for (size_t l = 0; l < L; ++l) inner[f] += up[(e * F + f) * L + l] * x[m * L + l];
+                inner[f] = std::pow(std::max(inner[f], 0.0), 2);
+            }
+            for (size_t l = 0; l < L; ++l)
+                for (size_t f = 0; f < F; ++f) expected[m * L + l] += weights[i] * down[(e * L + l) * F + f] * inner[f];
+        }
+        compare(with("experts", dtype), out, expected, legal ? 2 * rounding(dtype) : -1);
+    }
+}
+
+}  // namespace
+
+int main() {
+    for (size_t threads : {size_t{1}, size_t{3}}) {
+        set_threads(threads);
+        again = threads != 1;
+        Values::state = 1;
+        for (const auto& test : {rms_norm, gated_rms_norm, time_step, causal_conv1d, ssd_step, attention, router, sample,
+                                 linear, experts})
+            test();
+    }
+    std::printf("%d wrong\n", failures);
+    return failures != 0;
+}
