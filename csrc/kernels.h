@@ -127,17 +127,17 @@ using Sample = int64_t(const float* logits, size_t V, float temperature, size_t 
 constexpr size_t sample_scratch(size_t V) { return 2 * V + 32; }
 
 // One line per kernel: its type and its name. The table, the declarations and isa.cpp follow from it.
-#define NEMOTRON_H_KERNELS(kernel) \
-    kernel(RmsNorm, rms_norm)      \
-    kernel(Router, router)         \
-    kernel(Sample, sample)         \
-    kernel(Linear, linear)         \
-    kernel(Experts, experts)       \
-    kernel(Pack, pack)             \
-    kernel(SsdStep, ssd_step)      \
-    kernel(CausalConv1d, causal_conv1d) \
+#define NEMOTRON_H_KERNELS(kernel)       \
+    kernel(RmsNorm, rms_norm)            \
+    kernel(Router, router)               \
+    kernel(Sample, sample)               \
+    kernel(Linear, linear)               \
+    kernel(Experts, experts)             \
+    kernel(Pack, pack)                   \
+    kernel(SsdStep, ssd_step)            \
+    kernel(CausalConv1d, causal_conv1d)  \
     kernel(GatedRmsNorm, gated_rms_norm) \
-    kernel(TimeStep, time_step) \
+    kernel(TimeStep, time_step)          \
     kernel(Attention, attention)
 
 struct Kernels {

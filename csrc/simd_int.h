@@ -7,6 +7,10 @@
 
 #include "simd.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace nemotron_h {
 namespace NEMOTRON_H_LEVEL {
 
@@ -305,15 +309,44 @@ inline bytes64 load_bytes(const uint8_t* p) {
     __builtin_memcpy(r.v, p, sizeof r.v);
     return r;
 }
+// Eight bytes at a time: 64-bit words are what every compiler keeps in registers.
 inline bytes64 low_nibbles(bytes64 w) {
-    for (size_t i = 0; i < 4 * lanes; ++i) w.v[i] &= 15;
+    uint64_t words[8];
+    __builtin_memcpy(words, w.v, sizeof words);
+    for (size_t i = 0; i < 8; ++i) words[i] &= 0x0f0f0f0f0f0f0f0fu;
+    __builtin_memcpy(w.v, words, sizeof words);
     return w;
 }
 inline bytes64 high_nibbles(bytes64 w) {
-    for (size_t i = 0; i < 4 * lanes; ++i) w.v[i] >>= 4;
+    uint64_t words[8];
+    __builtin_memcpy(words, w.v, sizeof words);
+    for (size_t i = 0; i < 8; ++i) words[i] = words[i] >> 4 & 0x0f0f0f0f0f0f0f0fu;
+    __builtin_memcpy(w.v, words, sizeof words);
     return w;
 }
 
+// Every x86-64 has SSE2, whose pmaddwd adds two products of 16-bit numbers; other machines take the plain loops.
+#if defined(__SSE2__)
+template <typename W>
+inline __m128i widen_low(__m128i w) {
+    const __m128i zero = _mm_setzero_si128();
+    return _mm_unpacklo_epi8(w, static_cast<W>(-1) < 0 ? _mm_cmpgt_epi8(zero, w) : zero);
+}
+template <typename W>
+inline i32x16 dot(i32x16 sum, const bytes64& w, int32_t quad) {
+    const __m128i four = widen_low<int8_t>(_mm_cvtsi32_si128(quad)), a = _mm_unpacklo_epi64(four, four);
+    for (size_t i = 0; i < lanes; i += 4) {  // four lanes: 16 bytes
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.v + 4 * i));
+        const __m128 low = _mm_castsi128_ps(_mm_madd_epi16(widen_low<W>(bytes), a));
+        const __m128 high = _mm_castsi128_ps(_mm_madd_epi16(widen_low<W>(_mm_srli_si128(bytes, 8)), a));
+        const __m128i even = _mm_castps_si128(_mm_shuffle_ps(low, high, 0x88));
+        const __m128i odd = _mm_castps_si128(_mm_shuffle_ps(low, high, 0xdd));
+        __m128i* at = reinterpret_cast<__m128i*>(sum.v + i);
+        _mm_storeu_si128(at, _mm_add_epi32(_mm_loadu_si128(at), _mm_add_epi32(even, odd)));
+    }
+    return sum;
+}
+#else
 template <typename W>
 inline i32x16 dot(i32x16 sum, const bytes64& w, int32_t quad) {
     int8_t a[4];
@@ -322,11 +355,12 @@ inline i32x16 dot(i32x16 sum, const bytes64& w, int32_t quad) {
         for (size_t k = 0; k < 4; ++k) sum.v[i] += static_cast<W>(w.v[4 * i + k]) * a[k];
     return sum;
 }
+#endif
 inline i32x16 dot_nibbles(i32x16 sum, bytes64 w, int32_t quad) { return dot<uint8_t>(sum, w, quad); }
 inline i32x16 start_signed(int32_t) { return fill_int(0); }
 inline i32x16 dot_signed(i32x16 sum, bytes64 w, int32_t quad) { return dot<int8_t>(sum, w, quad); }
 inline i32x16 mul_short(i32x16 a, i32x16 m) {
-    for (size_t i = 0; i < lanes; ++i) a.v[i] *= m.v[i];
+    for (size_t i = 0; i < lanes; ++i) a.v[i] = static_cast<int16_t>(a.v[i]) * static_cast<int16_t>(m.v[i]);
     return a;
 }
 

@@ -8,6 +8,7 @@ from helpers import tiny_config
 from nemotron_h import NemotronHForCausalLM, __version__
 from nemotron_h.benchmark.workers import ours_worker, transformers_worker
 from nemotron_h.benchmark.workers.torch_model import Decoder, random_weights, stored_bytes
+from nemotron_h.ops import _native
 
 SHAPE = {"hidden_size": 128, "hybrid_override_pattern": "ME*M", "mamba_num_heads": 4, "mamba_head_dim": 16}
 
@@ -106,13 +107,21 @@ def run_worker(worker, **request):
 def test_our_worker(quantization, restored_threads):
     worker = ours_worker.Worker()
     loaded = run_worker(worker, path=None, quantization=quantization)
-    assert loaded["version"] == __version__
+    assert loaded["version"] == f"{__version__} {_native.level() if _native.levels() else 'reference'}"
     assert loaded["weight_bytes"] == stored_bytes(worker.model)
     linear = worker.model.model.layers[0].mixer.in_proj.weight
     assert linear.dtype == (torch.bfloat16 if quantization is None else torch.uint8)
     rates = worker.compare_paths(tokens=3, repeats=2)["tokens_per_second"]
     assert set(rates) == {"step", "model.generate", "LLM.generate"}
     assert min(rates.values()) > 0
+
+
+def test_the_version_names_the_kernels(environment):
+    environment(NEMOTRON_H_IMPL="reference")
+    assert ours_worker._kernels() == "reference"
+    for level in _native.levels():
+        environment(NEMOTRON_H_IMPL="", NEMOTRON_H_ISA=level)
+        assert ours_worker._kernels() == level
 
 
 def test_paths_are_medians_of_the_same_work(monkeypatch, restored_threads):

@@ -24,6 +24,7 @@ from nemotron_h import (
     packing,
 )
 from nemotron_h.benchmark.workers.torch_model import Decoder, stored_bytes
+from nemotron_h.ops import _native, settings
 
 
 class Worker:
@@ -48,7 +49,7 @@ class Worker:
         return {
             "seconds": time.perf_counter() - start,
             "weight_bytes": stored_bytes(self.model),
-            "version": nemotron_h.__version__,
+            "version": f"{nemotron_h.__version__} {_kernels()}",
         }
 
     def write(self, config: dict[str, Any], quantization: str | None, directory: str) -> None:
@@ -105,6 +106,12 @@ def timed(work: Callable[[int], None], tokens: int) -> float:
     start = time.perf_counter()
     work(tokens)
     return time.perf_counter() - start
+
+
+def _kernels() -> str:
+    """The level of the kernels in force, or "reference"."""
+    reference = settings.current().impl == "reference" or _native.load() is None
+    return "reference" if reference else _native.level()
 
 
 def loaded_model(path: str, quantization: str | None, threads: int) -> NemotronHForCausalLM:

@@ -23,7 +23,10 @@ class AttentionResult(NamedTuple):
 
 
 _SDPA = dispatch.register("attention", reference.attention, native.attention, native.refusal)
-_INT8 = dispatch.register("attention_int8", reference.attention_int8, native.attention_int8, native.refusal_int8)
+# Slack: float32 has scores of 100 only to 1e-5, and a softmax of few keys shows it; whose sum is luckier varies.
+_INT8 = dispatch.register(
+    "attention_int8", reference.attention_int8, native.attention_int8, native.refusal_int8, slack=8.0
+)
 _EAGER = dispatch.register("attention_weights", reference.attention_weights)
 
 
