@@ -133,6 +133,7 @@ NB_MODULE(_native, m) {
     def_kernel<Gil::release>(table, "router", &Kernels::router);
     def_kernel<Gil::release>(table, "sample", &Kernels::sample);
     def_kernel<Gil::release>(table, "linear", &Kernels::linear);
+    def_kernel<Gil::release>(table, "mamba_step", &Kernels::mamba_step);
     def_kernel<Gil::release>(table, "experts", &Kernels::experts);
     def_kernel<Gil::release>(table, "pack", &Kernels::pack);
     def_kernel<Gil::release>(table, "ssd_step", &Kernels::ssd_step);

@@ -36,7 +36,7 @@ enum class Arithmetic : int { integer = 0, floating = 1 };  // of activations th
 using RmsNorm = void(const void* x, const void* weight, void* out, size_t rows, size_t cols, size_t x_row_stride,
                      float eps, Dtype x_dtype, Dtype weight_dtype) noexcept;
 
-// out[m, n] = act(Σ_k x[m, k] · w[n, k] + bias[n]), the sum in float32, for M rows of x against an N × K matrix.
+// out[m, n] = act(Σ_k x[m, k] · w[n, k] + bias[n]), the sum in float32, rounded before and after act, for M rows of x against an N × K matrix.
 // Plain weights (x has their dtype): two chains over the even and the odd k of each 32, from zero, then added to the sum,
 // which is how the matrix units add. Packed weights: activations become int8 with a scale per 128 k, blocks are summed
 // exactly and enter the sum by one fused multiply-add in the order of k; or, Arithmetic::floating, x stays float32.
@@ -92,10 +92,22 @@ using GatedRmsNorm = void(const void* y, const void* z, const void* weight, void
 using TimeStep = void(const void* dt, const void* bias, float* out, size_t batch, size_t T, size_t H, size_t dt_batch,
                       size_t dt_token, float low, float high, Dtype dt_dtype, Dtype bias_dtype) noexcept;
 
-// Routing of M tokens among E experts (numerics.md, "Router and MoE"): logits[m, e] = Σ_d x[m, d] · weight[e, d] in float32,
-// in 64 chains; s = sigmoid(logits); top_k experts of the greatest s + bias, within the topk_group best of n_group equal
-// groups; NaN counts as the greatest, of equals the lower id is taken. x: rows at x_stride elements; weight: E × D,
-// contiguous. experts, weights: M × top_k, ids ascending; logits: M × E. E <= router_experts, n_group divides E.
+// causal_conv1d, time_step, ssd_step and gated_rms_norm one after the other, for rows z | x | B | C | dt, contiguous, of
+// batch × T tokens. window: any strides, as in CausalConv1d; new_window, out (batch × T × H·P) and the states: contiguous.
+// scratch: 4 · batch · T · (H·P + 2·G·N + H + H·P) + 256 bytes, 64-byte aligned.
+using MambaStep = void(const void* projected, const void* conv_weight, const void* conv_bias, const void* dt_bias,
+                       const float* A, const void* D, const void* norm_weight, const void* window, const void* state,
+                       void* out_state, void* out, void* new_window, size_t batch, size_t T, size_t H, size_t P,
+                       size_t G, size_t N, size_t K, size_t window_batch, size_t window_channel, size_t window_step,
+                       float low, float high, float eps, Dtype dtype, Dtype conv_dtype, Dtype bias_dtype,
+                       Dtype dt_bias_dtype, Dtype D_dtype, Dtype norm_dtype, Dtype state_dtype, Dtype out_dtype,
+                       void* scratch) noexcept;
+
+// Routing of M tokens among E experts (numerics.md, "Router and MoE"): logits[m, e] = Σ_d x[m, d] · weight[e, d] in
+// float32, in 64 chains; s = sigmoid(logits); top_k experts of the greatest s + bias, within the topk_group best of
+// n_group equal groups; NaN counts as the greatest, of equals the lower id is taken. x: rows at x_stride elements;
+// weight: E × D, contiguous. experts, weights: M × top_k, ids ascending; logits: M × E. E <= router_experts, n_group
+// divides E.
 constexpr size_t router_experts = 512;
 using Router = void(const void* x, Dtype x_dtype, size_t x_stride, size_t M, const void* weight, Dtype weight_dtype,
                     size_t E, size_t D, const float* bias, size_t top_k, size_t n_group, size_t topk_group, bool norm,
@@ -119,11 +131,11 @@ using Attention = void(const AttentionShape* shape, const void* q, Dtype q_dtype
                        Dtype kv_dtype, const float* k_scale, const float* v_scale, const uint8_t* visible,
                        float* scratch, void* out) noexcept;
 
-// One token from V finite logits, -1 if any is not finite. temperature 0: the greatest. Else the first id at which the sum
-// of weights exp((logit - greatest) / temperature) of the tokens that top_k (0: all), top_p and min_p leave exceeds u times
-// their total, u in [0, 1). Ties go to the lower ids. scratch: sample_scratch(V) floats.
-using Sample = int64_t(const float* logits, size_t V, float temperature, size_t top_k, double top_p, float min_p, double u,
-                       float* scratch) noexcept;
+// One token from V finite logits, -1 if any is not finite. temperature 0: the greatest. Else the first id at which the
+// sum of weights exp((logit - greatest) / temperature) of the tokens that top_k (0: all), top_p and min_p leave exceeds
+// u times their total, u in [0, 1). Ties go to the lower ids. scratch: sample_scratch(V) floats.
+using Sample = int64_t(const float* logits, size_t V, float temperature, size_t top_k, double top_p, float min_p,
+                       double u, float* scratch) noexcept;
 constexpr size_t sample_scratch(size_t V) { return 2 * V + 32; }
 
 // One line per kernel: its type and its name. The table, the declarations and isa.cpp follow from it.
@@ -138,6 +150,7 @@ constexpr size_t sample_scratch(size_t V) { return 2 * V + 32; }
     kernel(CausalConv1d, causal_conv1d)  \
     kernel(GatedRmsNorm, gated_rms_norm) \
     kernel(TimeStep, time_step)          \
+    kernel(MambaStep, mamba_step)        \
     kernel(Attention, attention)
 
 struct Kernels {

@@ -18,6 +18,12 @@ using Block = void(void* context, size_t begin, size_t end) noexcept;
 // while another thread is inside a region, or with a single block, it runs everything on the calling thread.
 void run_parallel(size_t count, size_t grain, Block* block, void* context) noexcept;
 
+// These weights are about to be read, by a region to come. A model reads its weights in the same order for every token, so
+// the pool remembers what followed them the last time, and workers that wait for the region after this one fetch the
+// beginning of their share of it into their caches: memory goes on working while Python gets from one op to the next.
+// A wrong guess costs some bandwidth; the address need not be valid any more, since a prefetch never faults.
+void about_to_read(const void* weights, size_t bytes) noexcept;
+
 // Threads of a region, the caller among them; starts no thread before the first region. At least 1.
 void set_threads(size_t count) noexcept;
 size_t threads() noexcept;

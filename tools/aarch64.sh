@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Build the kernels' generic level for aarch64, run it under qemu against plain loops, and compare its bits with those of
-# this machine's build (tests/native/kernels_test.cpp). Needs Debian's g++-aarch64-linux-gnu and qemu-user-static.
+# Build the kernels' generic level for aarch64, run it under qemu against plain loops, and compare its bits with those
+# of this machine's build (tests/native/kernels_test.cpp). Needs Debian's g++-aarch64-linux-gnu and qemu-user-static.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

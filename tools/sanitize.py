@@ -3,8 +3,8 @@
 
     tools/sanitize.py [PYTEST OPTION ...]
 
-First it proves that a finding would be found: a build with a planted off-by-one (csrc/kernels/sample.cpp reads one logit
-too many) must fail, with a report that names it. Then the real build must pass. Both live in build/sanitize, in a
+First it proves that a finding would be found: a build with a planted off-by-one (csrc/kernels/sample.cpp reads one
+logit too many) must fail, with a report that names it. Then the real build must pass. Both live in build/sanitize, in a
 virtual environment that sees this interpreter's packages, which must include scikit-build-core and nanobind; the second
 build compiles one file anew.
 """

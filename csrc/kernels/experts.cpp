@@ -106,6 +106,7 @@ bool experts(const void* x, Dtype x_dtype, size_t x_stride, size_t M, size_t k, 
     float* y = static_cast<float*>(take(V * L * sizeof(float)));
     const Weights up_shape{nullptr, format, L, F, L, group, scale_type}, down_shape{nullptr, format, F, L, F, group, scale_type};
 
+    about_to_read(up, 0);  // which of them the next token will choose, nobody knows
     prepare_rows(x, x_dtype, x_stride, M, L, x_rows);
     visit_experts(up, up_bytes, up_shape, visits, x_rows, visits.token, [&](size_t visit, size_t expert, size_t n, f32x16 u) {
         if (up_bias != nullptr) u = add(u, load_up_to(up_bias + expert * F + n, F - n));

@@ -1,9 +1,9 @@
 // The router: logits of all experts, then each token's choice.
 //
 // The weights are read once, expert by expert, by whichever thread takes the expert: 0.7 MB of bfloat16 for 128 experts
-// of 2688, so the bound is memory. A dot product runs in 64 chains (four f32x16, as in rms_norm.cpp): column c belongs to
-// chain c mod 64, whatever the number of tokens. Up to four tokens meet a row of weights while it is in registers; the
-// next four find it in L1.
+// of 2688, so the bound is memory. A dot product runs in 64 chains (four f32x16, as in rms_norm.cpp): column c belongs
+// to chain c mod 64, whatever the number of tokens. Up to four tokens meet a row of weights while it is in registers;
+// the next four find it in L1.
 //
 // A choice is a function of one token's E logits alone. Everything is a small array on the stack.
 #include "../kernels.h"
@@ -135,6 +135,7 @@ void with_weight(const void* x, size_t x_stride, size_t M, const void* w, Dtype 
 void router(const void* x, Dtype x_dtype, size_t x_stride, size_t M, const void* weight, Dtype weight_dtype, size_t E,
             size_t D, const float* bias, size_t top_k, size_t n_group, size_t topk_group, bool norm, float scaling,
             int64_t* experts, float* weights, float* logits) noexcept {
+    about_to_read(weight, E * D * (weight_dtype == Dtype::float32 ? 4 : 2));
     if (x_dtype == Dtype::float32) with_weight<float>(x, x_stride, M, weight, weight_dtype, E, D, logits);
     else with_weight<bf16>(x, x_stride, M, weight, weight_dtype, E, D, logits);
     const Rule rule{top_k, n_group, topk_group, norm, scaling};

@@ -1,11 +1,13 @@
 // One token from a row of logits: greedy, or a draw after top_k, top_p and min_p.
 //
 // No sorting: what top_k and top_p ask for is a threshold. crossing() finds it by cutting the range of values in four,
-// over and over, each time looking only at the values that are still in doubt; 131072 logits need one or two passes over
-// the row and then next to nothing. The row and its weights (0.5 MB each) stay in L2, so a pass costs some microseconds;
-// the exponentials of an untruncated row are the dearest part. Single-threaded: waking a thread would gain little.
+// over and over, each time looking only at the values that are still in doubt; 131072 logits need one or two passes
+// over the row and then next to nothing. The row and its weights (0.5 MB each) stay in L2, so a pass costs some
+// microseconds; the exponentials of an untruncated row are the dearest part. Single-threaded: waking a thread would
+// gain little.
 //
-// Weights are float32, sums of them double over blocks of 1024 in a fixed order. Ties at a threshold go to the lower ids.
+// Weights are float32, sums of them double over blocks of 1024 in a fixed order. Ties at a threshold go to the lower
+// ids.
 #include "../kernels.h"
 #include "../simd.h"
 
@@ -29,7 +31,9 @@ f32x16 tail(const float* p, size_t n) {
     return load(buffer);
 }
 
-inline f32x16 vector_at(const float* x, size_t i, size_t n) { return n - i >= lanes ? load(x + i) : tail(x + i, n - i); }
+inline f32x16 vector_at(const float* x, size_t i, size_t n) {
+    return n - i >= lanes ? load(x + i) : tail(x + i, n - i);
+}
 
 // Floats in order, as integers: the next float up is the next integer. Both zeros have the key 0.
 int32_t key_of(float a) {
@@ -253,7 +257,7 @@ int64_t sample(const float* logits, size_t V, float temperature, size_t top_k, d
     Cut kept{min_p, min_p, V};
     if (top_p < 1.0) {
         const double total = total_of(w, V), goal = top_p * total;
-        // Tokens below this weigh less than 1 - top_p together, so they lie beyond the crossing; half of it, for rounding.
+        // Tokens below this weigh less than 1 - top_p together, so they lie beyond the crossing; half, for rounding.
         const double beyond = 0.5 * (1.0 - top_p) * total / static_cast<double>(V);
         const float least = beyond > 1e-28 ? static_cast<float>(beyond) : 1e-28f;
         const size_t n = gather(w, V, least, __builtin_inff(), spare);

@@ -73,6 +73,12 @@ class Layout:
         valid_BT = self.compact_valid_BT()
         return Layout(self.tokens, 0, valid_BT, valid_BT, self.compact_seq_idx_BT())
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the rows are single documents without padding, and nobody asked for the states behind them."""
+        unseen = self.recorder is None or self.recorder.ssm_states is None
+        return self.valid_BT is None and self.seq_idx_BT is None and unseen
+
     def zero_padding(self, x_BTC: Tensor) -> Tensor:
         return x_BTC if self.valid_BT is None else torch.where(self.valid_BT[..., None], x_BTC, 0)
 

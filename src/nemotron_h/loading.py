@@ -45,7 +45,7 @@ from nemotron_h.errors import (
     UnsupportedError,
 )
 from nemotron_h.linears import packed_parameters
-from nemotron_h.ops.pack import SLICE, empty_panels, pack_into
+from nemotron_h.ops.pack import SLICE, advise_huge_pages, empty_panels, pack_into
 from nemotron_h.quantization import Packing, is_packed, scheme
 from nemotron_h.quantization.scheme import METHOD
 from nemotron_h.state_dicts import rename_to_native, tie_head
@@ -443,6 +443,7 @@ def _assemble(sources: list[str], read: Read, shape: tuple[int, ...], dtype: tor
     if len(sources) == 1:
         return read(sources[0]).reshape(shape).to(device=device, dtype=dtype)
     stacked = torch.empty(shape, dtype=dtype, device=device)
+    advise_huge_pages(stacked)
     for index, source in enumerate(sources):
         stacked[index] = read(source)
     return stacked

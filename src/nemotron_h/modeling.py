@@ -28,17 +28,18 @@ from nemotron_h.family import BlockType, Layer
 from nemotron_h.generation_mixin import NemotronHGenerationMixin
 from nemotron_h.inputs import keep_positions, prepare
 from nemotron_h.layout import Layout, Recorder, ordered
-from nemotron_h.linears import NemotronHLinear, empty_packed
+from nemotron_h.linears import NemotronHLinear, activated, empty_packed
 from nemotron_h.ops.activations import activation
 from nemotron_h.ops.attention import attention
 from nemotron_h.ops.causal_conv1d import ConvResult, causal_conv1d
+from nemotron_h.ops.mamba_step import MambaSizes, can_step, mamba_step
 from nemotron_h.ops.moe import experts, load, packed_experts
 from nemotron_h.ops.norm import gated_rms_norm, rms_norm
 from nemotron_h.ops.pack import pack_into
 from nemotron_h.ops.router import Routing, route
 from nemotron_h.ops.ssd import ssd_in_two, time_step
 from nemotron_h.outputs import NemotronHCausalLMOutput, NemotronHModelOutput
-from nemotron_h.points import NemotronHPoint, hooked, in_slots, through
+from nemotron_h.points import NemotronHPoint, hooked, in_slots, through, watched
 from nemotron_h.pretrained import NemotronHPreTrainedModel
 from nemotron_h.quantization import Packing, Scheme
 from nemotron_h.state_dicts import take_experts
@@ -115,10 +116,15 @@ class NemotronHMamba2Mixer(nn.Module):
         self, hidden_states: Tensor, layout: Layout | None = None, cache: caches.MambaLayer | None = None
     ) -> Tensor:
         layout = layout or Layout(hidden_states.shape[1])
-        window_BCW, state_BHPN = (None, None) if cache is None else (cache.conv_states, cache.recurrent_states)
-
         # With a bias a zeroed input still projects to something, so the projection is zeroed as well.
         projected = layout.zero_padding(self.in_proj(layout.zero_padding(hidden_states)))
+        normed_BTI = self._few_tokens(projected, layout, cache)
+        if normed_BTI is None:
+            normed_BTI = self._any_tokens(projected, layout, cache)
+        return self.out_proj(normed_BTI)
+
+    def _any_tokens(self, projected: Tensor, layout: Layout, cache: caches.MambaLayer | None) -> Tensor:
+        window_BCW, state_BHPN = (None, None) if cache is None else (cache.conv_states, cache.recurrent_states)
         z_BTI, xBC_BTC, dt_BTH = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
         z_BTI = through(self.hook_z, z_BTI)
 
@@ -146,7 +152,36 @@ class NemotronHMamba2Mixer(nn.Module):
         if layout.recorder is not None and layout.recorder.ssm_states is not None:
             layout.recorder.ssm_states[self.layer_idx] = final_BHPN
         y_BTHP = through(self.hook_y, layout.expand(scan.output))
-        return self.out_proj(self.norm(y_BTHP.flatten(2), z_BTI))
+        return self.norm(y_BTHP.flatten(2), z_BTI)
+
+    def _few_tokens(self, projected: Tensor, layout: Layout, cache: caches.MambaLayer | None) -> Tensor | None:
+        """A decode step in one op, with the bits of the ops above; None where somebody watches or it cannot be."""
+        if torch.compiler.is_compiling() or cache is None or not cache.steps or not layout.is_plain:
+            return None
+        if self._is_watched() or self.conv1d.act not in ("silu", "swish"):
+            return None
+        sizes = MambaSizes(
+            self.num_heads, self.head_dim, self.n_groups, self.ssm_state_size, self.time_step_limit, self.norm.eps
+        )
+        A_H = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        args = (
+            projected, sizes, self.conv1d.weight[:, 0], self.conv1d.bias, self.dt_bias, A_H, self.D,
+            self.norm.weight, cache.conv_states, cache.recurrent_states, cache.buffer(layout),
+        )  # fmt: skip
+        if not can_step(*args):
+            return None
+        step = mamba_step(*args)
+        cache.update(step.window, cache.at_rest(step.final_state))
+        return step.output
+
+    def _is_watched(self) -> bool:
+        """Whether a part that a fused op would skip has hooks, or is somebody's own."""
+        if type(self.conv1d) is not NemotronHCausalConv1d or type(self.norm) is not NemotronHGatedRMSNorm:
+            return True
+        if any(watched(part) or "forward" in part.__dict__ for part in (self.conv1d, self.norm)):
+            return True
+        points = (self.hook_z, self.hook_x, self.hook_B, self.hook_C, self.hook_dt, self.hook_y, self.hook_state)
+        return any(map(hooked, points)) or self.norm.n_groups != self.n_groups
 
     def _split(self, xBC_BTC: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         state = self.n_groups * self.ssm_state_size
@@ -209,9 +244,11 @@ class NemotronHMLP(nn.Module):
         super().__init__()
         self.up_proj = NemotronHLinear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
         self.down_proj = NemotronHLinear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = activation(config.mlp_hidden_act)
+        self.act, self.act_fn = config.mlp_hidden_act, activation(config.mlp_hidden_act)
 
     def forward(self, hidden_states: Tensor, layout: Layout | None = None, cache: CacheLayer | None = None) -> Tensor:
+        if self.act_fn is activation(self.act):
+            return self.down_proj(activated(self.up_proj, hidden_states, self.act))
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
 
 
@@ -425,7 +462,7 @@ class NemotronHBlock(GradientCheckpointingLayer):
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         normed = self.norm(hidden_states).to(self.norm.weight.dtype)
         mixed = self.mixer(normed, layout, cache)
-        return hidden_states + F.dropout(mixed, self.dropout, self.training)
+        return hidden_states + (F.dropout(mixed, self.dropout) if self.training else mixed)
 
 
 class NemotronHModel(NemotronHPreTrainedModel):

@@ -18,12 +18,17 @@ class NemotronHPoint(nn.Identity):
     """
 
 
-def hooked(point: nn.Module) -> bool:
-    """Whether somebody watches: only where nobody does may a kernel skip the value. Global hooks do not count."""
-    watched = (
-        point._forward_hooks or point._forward_pre_hooks or point._backward_hooks or point._backward_pre_hooks
+def watched(module: nn.Module) -> bool:
+    """Whether hooks hang on a module. Global hooks do not count."""
+    hooks = (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )  # fmt: skip
-    return bool(watched) or type(point) is not NemotronHPoint
+    return bool(hooks)
+
+
+def hooked(point: nn.Module) -> bool:
+    """Whether somebody watches: only where nobody does may a kernel skip the value."""
+    return type(point) is not NemotronHPoint or watched(point)
 
 
 def through(point: nn.Module, x_BTC: Tensor) -> Tensor:

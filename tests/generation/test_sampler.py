@@ -175,6 +175,15 @@ def test_extremes_choose_a_token(logits: torch.Tensor, temperature: float, penal
     assert all(0 <= sampler.choose(logits) < len(logits) for _ in range(3))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_logits_that_are_not_finite_choose_nothing(value: float, penalty: float) -> None:
+    for temperature in (0, 1):
+        sampler = Sampler(SamplingParams(temperature=temperature, repetition_penalty=penalty), [1, 2])
+        assert sampler.choose(torch.tensor([0.0, 1.0, value, 2.0])) == -1
+        assert sampler.said == [1, 2]
+
+
 def test_temperature_towards_zero_is_greedy() -> None:
     for temperature in (1e-2, 1e-20, 1e-300, 5e-324):
         sampler = Sampler(SamplingParams(temperature=temperature, seed=0), [])

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from helpers import BOUND, BOUND64, assert_close, draw_ids, tiny_config, tiny_model
 from nemotron_h import NemotronHForCausalLM, NemotronHHybridDynamicCache, demo_model
-from nemotron_h.cache import BLOCK
+from nemotron_h.cache import BLOCK, LAYERS, AttentionLayer
 from nemotron_h.cache.int8 import Int8AttentionLayer
 from nemotron_h.errors import CacheError, InputError
 from nemotron_h.ops import settings
@@ -292,3 +292,14 @@ def test_refusals() -> None:
     with pytest.raises(CacheError, match="no_grad"):
         model(draw_ids(model, 1, 1), past_key_values=cache)
     assert cache.get_seq_length() == 4
+
+
+def test_a_layer_of_your_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the package's own attention layers are exchanged for int8 ones."""
+
+    class OwnLayer(AttentionLayer):
+        pass
+
+    monkeypatch.setitem(LAYERS, "attention", lambda config: OwnLayer())
+    cache = NemotronHHybridDynamicCache(tiny_config(), kv_dtype="int8")
+    assert [type(layer) for layer in cache.layers if isinstance(layer, AttentionLayer)] == [OwnLayer]

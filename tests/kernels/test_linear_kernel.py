@@ -46,16 +46,17 @@ def assert_in_budget(result: Tensor, low: Tensor, high: Tensor, slack: float) ->
 @given(
     seed=st.integers(0, 2**31), packing=st.sampled_from(PACKINGS), m=st.integers(1, 19), n=st.sampled_from(SIZES),
     k=st.sampled_from(SIZES), dtype=st.sampled_from(DTYPES), bias=st.booleans(),
-    arithmetic=st.sampled_from(("int8", "float32")),
+    arithmetic=st.sampled_from(("int8", "float32")), act=st.sampled_from(("identity", "relu2")),
 )  # fmt: skip
 @settings(max_examples=120, deadline=None)
 def test_packed_bits_and_budget(
-    seed: int, packing: Packing, m: int, n: int, k: int, dtype: torch.dtype, bias: bool, arithmetic: str
-) -> None:
+    seed: int, packing: Packing, m: int, n: int, k: int, dtype: torch.dtype, bias: bool, arithmetic: str,
+    act: str,
+) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     weight, _ = draw(packing, n, k, generator)
     x, bias_N = rows(m, k, dtype, generator), torch.randn(n, generator=generator) if bias else None
-    args = (weight.panels, packing, n, bias_N, arithmetic)
+    args = (weight.panels, packing, n, bias_N, arithmetic, act)
     result = native.packed_linear(x, *args, level="generic")
     low, high = reference.packed_linear(x, *args), reference.packed_linear(x.double(), *args)
     assert_in_budget(result, low, high, slack=8.0)
@@ -77,13 +78,13 @@ def test_plain_bits_and_budget(seed: int, m: int, n: int, k: int, dtype: torch.d
     wide_NK = torch.randn(n, k + offset, generator=generator).to(dtype)
     weight_NK = wide_NK[:, offset:]  # rows at a distance, at any alignment
     x, bias_N = rows(m, k, dtype, generator), torch.randn(n, generator=generator).to(dtype) if bias else None
-    result = native.linear(x, weight_NK, bias_N, level="generic")
-    high = reference.linear(x.double(), weight_NK.double(), None if bias_N is None else bias_N.double())
-    assert_in_budget(result, reference.linear(x, weight_NK, bias_N), high, slack=2.0)
+    result = native.linear(x, weight_NK, bias_N, "identity", level="generic")
+    high = reference.linear(x.double(), weight_NK.double(), None if bias_N is None else bias_N.double(), "identity")
+    assert_in_budget(result, reference.linear(x, weight_NK, bias_N, "identity"), high, slack=2.0)
     for level in _native.levels():
         for count in (1, 2, 3):
             with_threads(count)
-            assert torch.equal(native.linear(x, weight_NK, bias_N, level=level), result)
+            assert torch.equal(native.linear(x, weight_NK, bias_N, "identity", level=level), result)
     for row in range(m):
         assert torch.equal(native.linear(x[row : row + 1], weight_NK.clone(), bias_N)[0], result[row])
 
@@ -114,7 +115,7 @@ def test_large_and_odd_sizes(packing: Packing, level: str) -> None:
         weight, _ = draw(packing, n, k, generator)
         x = rows(2, k, torch.bfloat16, generator)
         result = native.packed_linear(x, weight.panels, packing, n, None, "int8", level=level)
-        args = (weight.panels, packing, n, None, "int8")
+        args = (weight.panels, packing, n, None, "int8", "identity")
         assert_in_budget(result, reference.packed_linear(x, *args), reference.packed_linear(x.double(), *args), 8.0)
 
 
@@ -136,16 +137,19 @@ def test_every_output_is_written_and_nothing_else(level: str) -> None:
             assert out[:, n:].isnan().all()
 
 
-def test_fused_relu2() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_fused_activation_changes_no_bit(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)
     weight, _ = draw(INT8, 40, 64, generator)
-    x, out = rows(2, 64, torch.float32, generator), torch.full((2, 40), torch.nan)
-    work = native.scratch(_native.extension().linear_scratch(2, 64, INT8.code, 0))
-    _native.kernels().linear(
-        x.data_ptr(), 0, 64, 2, weight.panels.data_ptr(), INT8.code, 0, 40, 64, 0, 0, 0, 0, 0, 1, out.data_ptr(), 0, 40,
-        work.data_ptr(),
-    )  # fmt: skip
-    assert torch.equal(out, native.packed_linear(x, weight.panels, INT8, 40, None, "int8").relu().square())
+    x, plain = rows(2, 64, dtype, generator), torch.randn(40, 64, generator=generator).to(dtype)
+    product = packed_linear(x, weight.panels, INT8, 40)
+    assert torch.equal(packed_linear(x, weight.panels, INT8, 40, activation="relu2"), product.relu().square())
+    assert torch.equal(linear(x, plain, activation="relu2"), linear(x, plain).relu().square())
+    with torch.no_grad():
+        silu = packed_linear(x, weight.panels, INT8, 40, activation="silu")
+    assert silu.isfinite().all()
+    with pytest.raises(KernelError, match="activations are identity, relu2, not silu"):
+        packed_linear(x, weight.panels, INT8, 40, activation="silu", impl="native")
 
 
 @pytest.mark.parametrize("arithmetic", ["int8", "float32"])

@@ -127,6 +127,13 @@ def test_addresses_and_strides_do_not_show(dtype: torch.dtype) -> None:
             assert same(native.route(wide[:, 3 : 3 + cols], shifted, bias, 3, 1, 1, True, 1.0, level), expected)
 
 
+def test_the_pool_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(threads, "sync", lambda: calls.append(1))
+    native.route(*arguments(1, 4, 8), 2, 1, 1, True, 1.0)
+    assert calls == [1]
+
+
 def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     args = (*arguments(6, 40, 33), 7, 4, 2, True, 2.5)
     expected = native.route(*args, LEVELS[-1])
@@ -263,9 +270,15 @@ def test_check_accepts_near_ties_and_refuses_wrong_choices(
     environment(NEMOTRON_H_CHECK="1")
     x, weight, bias = arguments(8, 16, 64, 5)
     route(x, weight, bias, 4, 4, 2)
-    weight[1:] = weight[0] * (1 + 1e-7)  # all as good as tied: any choice is right
-    route(x, weight, torch.zeros(16), 4, 4, 2)
-    x, weight, bias = arguments(8, 16, 64, 5)
+    rule, zeros = (2, 1, 1, False, 1.0), torch.zeros(4)
+    for gap, wrong in ((1e-6, None), (1e-3, "chose other experts than its logits say")):
+        logits = torch.tensor([[0.0, 1.0, 1.0 + gap, 2.0]])  # as good as tied, or not: 1 instead of 2
+        experts = torch.tensor([[1, 3]])
+        result = (experts, logits.sigmoid().gather(1, experts), logits)
+        assert check.wrong((logits, torch.eye(4), zeros, *rule), result) == wrong
+        logits = torch.tensor([[1.0, 0.0, 1.0 + gap, 0.0]])  # the same for groups: 0 instead of 1
+        result = (torch.tensor([[0, 1]]), logits.sigmoid()[:, :2], logits)
+        assert check.wrong((logits, torch.eye(4), zeros, 2, 2, 1, False, 1.0), result) == wrong
     good = native.route(x, weight, bias, 4, 1, 1, True, 1.0)
     others = torch.arange(16).expand(8, 16).gather(1, 15 - good[0]).sort(-1).values
     for wrong, message in (

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -276,8 +277,6 @@ def test_check_accepts_the_kernel_and_refuses_wrong_tokens(
 
 def test_threads_have_their_own_working_memory() -> None:
     """Many draws at once, of rows of different lengths, are those of one after the other."""
-    from concurrent.futures import ThreadPoolExecutor
-
     rows = [draw(3000 + 50 * i, i, 3.0) for i in range(16)]
 
     def choose(row: Tensor) -> list[int]:
@@ -286,3 +285,5 @@ def test_threads_have_their_own_working_memory() -> None:
     alone = [choose(row) for row in rows]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(choose, rows)) == alone
+        mine, other = native._scratch(9000), pool.submit(native._scratch, 9000).result()
+        assert mine.data_ptr() != other.data_ptr()

@@ -1,7 +1,9 @@
-// Every kernel of the generic level against plain loops in double: for machines without Python, such as an emulated one.
+// Every kernel of the generic level against plain loops in double: for machines without Python, such as an emulated
+// one.
 //
-// Prints one line per case: its name, its error relative to the 2-norm of what is expected, and a digest of the output's
-// bits, which must not depend on the machine (tools/aarch64.sh compares two). Exits with 1 if an error is too large.
+// Prints one line per case: its name, its error relative to the 2-norm of what is expected, and a digest of the
+// output's bits, which must not depend on the machine (tools/aarch64.sh compares two). Exits with 1 if an error is too
+// large.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -43,7 +45,8 @@ using Doubles = std::vector<double>;
 
 // A matrix as a kernel takes it, in either dtype, and its exact values.
 struct Values {
-    Values(size_t n, Dtype dtype, float scale = 1.0f, float middle = 0.0f) : dtype(dtype), floats(n), halves(n), exact(n) {
+    Values(size_t n, Dtype dtype, float scale = 1.0f, float middle = 0.0f)
+        : dtype(dtype), floats(n), halves(n), exact(n) {
         for (size_t i = 0; i < n; ++i) {
             state = state * 6364136223846793005ull + 1442695040888963407ull;
             float a = middle + scale * (static_cast<float>(state >> 40) / 8388608.0f - 1.0f);
@@ -95,7 +98,8 @@ void report(const std::string& name, double error, double allowed, uint64_t bits
     failures += !ok;
     if (again && ok) return;
     first_run.push_back(bits);
-    std::printf("%-32s %.1e %s %016llx\n", name.c_str(), error, ok ? "ok" : again ? "WRONG on three threads" : "WRONG", static_cast<unsigned long long>(bits));
+    std::printf("%-32s %.1e %s %016llx\n", name.c_str(), error,
+                ok ? "ok" : again ? "WRONG on three threads" : "WRONG", static_cast<unsigned long long>(bits));
 }
 
 void compare(const std::string& name, Output& out, const Doubles& expected, double allowed) {

@@ -219,10 +219,9 @@ def _groups(found: list[Engine], spec: Any, contexts: list[int]) -> list[list[En
 
 @contextmanager
 def _bandwidth(threads: int, progress: Progress) -> Iterator[Callable[[], float]]:
-    progress(f"measuring the read bandwidth: {threads} threads, {limits.SET_BYTES >> 30} GiB, 2 MiB pages")
     meter = limits.ReadBandwidth(threads, limits.SET_BYTES)
     try:
-        progress(f"{meter.measure() / 1e9:.3g} GB/s")
+        progress(f"read bandwidth: {meter.measure() / 1e9:.3g} GB/s")
         yield meter.measure
     finally:
         meter.close()

@@ -193,6 +193,11 @@ class MambaLayer(CacheLayer):
     def activate_past_recording(self) -> None:
         self.record_past = True
 
+    @property
+    def steps(self) -> bool:
+        """Whether the layer holds a state to step from, and nobody wants what went into the step."""
+        return self.recurrent_states is not None and self.conv_states is not None and not self.record_past
+
     def buffer(self, layout: Layout) -> Tensor | None:
         """Where this pass may write its final state; None where it must be a tensor of its own: with a journal, which
         keeps the old state, and under grad, since a graph may hold it."""

@@ -282,6 +282,8 @@ class TensorReader:
         """
         import torch
 
+        from nemotron_h.ops.pack import advise_huge_pages
+
         dtype = torch_dtype(info.dtype)
         shape = (*info.shape[:-1], info.shape[-1] // 2) if info.dtype == "F4" else info.shape
         if info.nbytes == 0:
@@ -293,6 +295,7 @@ class TensorReader:
             if size < info.end:  # before the allocation, so that it is never larger than the file
                 raise CheckpointError(_shrunk(where, info, size))
             data = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
+            advise_huge_pages(data)
             count = read_into(descriptor, data.numpy().data, info.start)
         except OSError as problem:
             span = f"bytes {info.start} to {info.end}"

@@ -120,7 +120,7 @@ def _text(report: Report) -> list[str]:
     low, high = min(machine.bandwidth) / 1e9, max(machine.bandwidth) / 1e9
     lines: list[Any] = [
         f"model      {report.model}: {report.pattern}, {report.parameters:,} parameters",
-        f"machine    {machine.cpu}, {machine.threads} threads on {machine.cores} cores,"
+        f"machine    {machine.cpu}, cores {machine.cores}, threads {machine.threads},"
         f" {machine.memory_bytes / 2**30:.3g} GiB, {machine.system}; {machine.date}",
         f"package    nemotron-h {source}",
         f"bandwidth  {machine.read_bytes_per_second / 1e9:.3g} GB/s read with 2 MiB pages ({low:.3g} to {high:.3g})",

@@ -17,6 +17,7 @@ ROWS, CHUNK, BLOCK, GROUP = 16, 64, 128, 32  # of a panel, values, a scale code,
 _CODES = {  # csrc/kernels.h: Format
     "int8": 2, "int4": 3, "grouped8": 4, "grouped4": 5, "grouped8_min": 6, "grouped4_min": 7,
 }  # fmt: skip
+_PANEL_BYTES: dict[tuple[str, int, int], int] = {}  # asked for at every call of a kernel
 _SCALE_CODES = {torch.float16: 0, torch.bfloat16: 1}  # kernels.h: ScaleType
 
 
@@ -72,8 +73,10 @@ class Packing:
         return parts | {"values": (_ceil(at, 64) * 64, chunks * CHUNK * ROWS * self.bits // 8)}
 
     def panel_bytes(self, cols: int) -> int:
-        at, size = self.parts(cols)["values"]
-        return at + size
+        key = self.name, self.group, cols
+        if key not in _PANEL_BYTES:
+            _PANEL_BYTES[key] = sum(self.parts(cols)["values"])
+        return _PANEL_BYTES[key]
 
     def shape(self, rows: int, cols: int) -> tuple[int, int]:
         """Of the uint8 tensor that holds a rows x cols matrix: [panels, bytes of a panel]."""

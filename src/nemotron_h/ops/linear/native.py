@@ -15,15 +15,16 @@ from nemotron_h.ops.dispatch import DTYPE_CODES, not_plain
 from nemotron_h.quantization import Packing
 
 MOST_ROWS = 8  # of plain weights: PyTorch's product is made for many rows
+ACTIVATION_CODES = {"identity": 0, "relu2": 1}  # csrc/kernels.h: Activation
 ARITHMETIC_CODES = {"int8": 0, "float32": 1}  # csrc/kernels.h: Arithmetic
 
 _KEPT = 16 << 20  # bytes of scratch that a thread keeps from call to call
 _local = threading.local()
 
 
-def refusal(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> str | None:
+def refusal(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, activation: str) -> str | None:
     """Why the kernel cannot take these arguments; None when it can."""
-    reason = _refused(x, weight_NK, bias_N)
+    reason = _refused(x, weight_NK, bias_N, activation)
     if reason is not None:
         return reason
     if weight_NK.dtype != x.dtype:
@@ -40,10 +41,11 @@ def refusal(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> str | None:
 
 
 def packed_refusal(
-    x: Tensor, packed: Tensor, packing: Packing, out_features: int, bias_N: Tensor | None, arithmetic: str
-) -> str | None:
+    x: Tensor, packed: Tensor, packing: Packing, out_features: int, bias_N: Tensor | None, arithmetic: str,
+    activation: str,
+) -> str | None:  # fmt: skip
     """Why the kernel cannot take these arguments; None when it can."""
-    reason = _refused(x, packed, bias_N)
+    reason = _refused(x, packed, bias_N, activation)
     if reason is not None:
         return reason
     if arithmetic not in ARITHMETIC_CODES:
@@ -57,10 +59,12 @@ def packed_refusal(
     return None
 
 
-def _refused(x: Tensor, weight: Tensor, bias_N: Tensor | None) -> str | None:
+def _refused(x: Tensor, weight: Tensor, bias_N: Tensor | None, activation: str) -> str | None:
     reason = not_plain(x, weight) if bias_N is None else not_plain(x, weight, bias_N)
     if reason is not None:
         return reason
+    if activation not in ACTIVATION_CODES:
+        return f"the kernel's activations are {', '.join(ACTIVATION_CODES)}, not {activation}"
     if x.dtype not in DTYPE_CODES or x.dim() == 0 or x.numel() == 0:
         return f"the kernel takes float32 and bfloat16 rows, not {x.dtype} {list(x.shape)}"
     if bias_N is not None and (bias_N.dtype not in DTYPE_CODES or bias_N.dim() != 1 or not bias_N.is_contiguous()):
@@ -68,10 +72,12 @@ def _refused(x: Tensor, weight: Tensor, bias_N: Tensor | None) -> str | None:
     return None
 
 
-def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, level: str | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, activation: str = "identity", level: str | None = None
+) -> Tensor:
     """See `nemotron_h.ops.linear.linear`; valid only where `refusal` is None. `level`: default, the level in force."""
     code, (rows, cols) = DTYPE_CODES[weight_NK.dtype], weight_NK.shape
-    return _run(x, weight_NK, code, weight_NK.stride(0), rows, cols, 0, 0, "float32", bias_N, level)
+    return _run(x, weight_NK, code, weight_NK.stride(0), rows, cols, 0, 0, "float32", bias_N, activation, level)
 
 
 def packed_linear(
@@ -81,16 +87,19 @@ def packed_linear(
     out_features: int,
     bias_N: Tensor | None,
     arithmetic: str,
+    activation: str = "identity",
     level: str | None = None,
 ) -> Tensor:
     """See `nemotron_h.ops.linear.packed_linear`; valid only where `packed_refusal` is None."""
     cols, scale = x.shape[-1], 0 if packing.own else packing.scale_code
-    return _run(x, packed, packing.code, 0, out_features, cols, packing.group, scale, arithmetic, bias_N, level)
+    return _run(
+        x, packed, packing.code, 0, out_features, cols, packing.group, scale, arithmetic, bias_N, activation, level
+    )
 
 
 def _run(
     x: Tensor, weight: Tensor, code: int, stride: int, rows: int, cols: int, group: int, scale: int, arithmetic: str,
-    bias_N: Tensor | None, level: str | None,
+    bias_N: Tensor | None, activation: str, level: str | None,
 ) -> Tensor:  # fmt: skip
     x, x_stride = in_rows(x)
     count, exact = x.numel() // cols, ARITHMETIC_CODES[arithmetic]
@@ -101,7 +110,7 @@ def _run(
     dtype = DTYPE_CODES[x.dtype]
     _native.kernels(level).linear(
         x.data_ptr(), dtype, x_stride, count, weight.data_ptr(), code, stride, rows, cols, group, scale, exact, *bias,
-        0, out.data_ptr(), dtype, rows, work.data_ptr(),
+        ACTIVATION_CODES[activation], out.data_ptr(), dtype, rows, work.data_ptr(),
     )  # fmt: skip
     return out
 

@@ -9,18 +9,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nemotron_h.ops.activations import activation as by_name
 from nemotron_h.quantization import Packing, unpack
 from nemotron_h.quantization.layout import BLOCK
 
 
-def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, activation: str) -> Tensor:
     """See `nemotron_h.ops.linear.linear`."""
-    return F.linear(x, weight_NK, bias_N)
+    y = F.linear(x, weight_NK, bias_N)
+    return y if activation == "identity" else by_name(activation)(y)
 
 
 def packed_linear(
-    x: Tensor, packed: Tensor, packing: Packing, out_features: int, bias_N: Tensor | None, arithmetic: str
-) -> Tensor:
+    x: Tensor, packed: Tensor, packing: Packing, out_features: int, bias_N: Tensor | None, arithmetic: str,
+    activation: str,
+) -> Tensor:  # fmt: skip
     """See `nemotron_h.ops.linear.packed_linear`."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if packed.is_meta:
@@ -28,7 +31,8 @@ def packed_linear(
     weight_NK = unpack(packed, packing, out_features, x.shape[-1]).to(dtype)
     wide = x.to(dtype)
     y = F.linear(rounded(wide) if arithmetic == "int8" else wide, weight_NK)
-    return (y if bias_N is None else y + bias_N.to(dtype)).to(x.dtype)
+    y = (y if bias_N is None else y + bias_N.to(dtype)).to(x.dtype)
+    return y if activation == "identity" else by_name(activation)(y)
 
 
 def rounded(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from nemotron_h.errors import CheckpointError
 from nemotron_h.ops import _native, settings, threads
 from nemotron_h.quantization import Packing, own
 
+_HUGE = 2 << 20  # bytes of a huge page
 SLICE = 1 << 20  # elements that are widened to float32 at a time: what packing needs beside source and target
 
 
@@ -50,6 +51,6 @@ def empty_panels(shape: tuple[int, ...]) -> Tensor:
 
 def advise_huge_pages(tensor: Tensor) -> None:
     """Ask for pages of 2 MiB below a tensor that nobody has written to yet. No effect where the system has none."""
-    module = _native.load()
+    module = _native.load() if tensor.numel() >= _HUGE else None
     if module is not None and tensor.is_cpu and type(tensor) is Tensor:
         module.advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())

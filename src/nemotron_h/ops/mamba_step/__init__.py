@@ -1,0 +1,61 @@
+"""Everything between a Mamba-2 mixer's two projections, for a few tokens behind a state (numerics.md, steps 2 to 5).
+
+One call instead of five: convolution, time step, recurrence, gate and norm cost less than their calls from Python. The
+bits are those of the five ops one after the other.
+
+Letters: B batch · T tokens · H heads · P head size · I = H·P · G groups · N state size · C = I + 2·G·N · K taps.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from nemotron_h.ops import dispatch
+from nemotron_h.ops.mamba_step import native, reference
+from nemotron_h.ops.mamba_step.sizes import MambaSizes
+
+__all__ = ["MambaSizes", "MambaStep", "can_step", "mamba_step"]
+
+
+class MambaStep(NamedTuple):
+    """`output` [B, T, I] in the projection's dtype; `window` [B, C, K-1]; `final_state` [B, H, P, N]."""
+
+    output: Tensor
+    window: Tensor
+    final_state: Tensor
+
+
+_STEP = dispatch.register("mamba_step", reference.mamba_step, native.mamba_step, native.refusal)
+
+
+def mamba_step(
+    projected_BTX: Tensor,
+    sizes: MambaSizes,
+    conv_weight_CK: Tensor,
+    conv_bias_C: Tensor | None,
+    dt_bias_H: Tensor,
+    A_H: Tensor,
+    D_H: Tensor,
+    norm_weight_I: Tensor,
+    window_BCK: Tensor,
+    state_BHPN: Tensor,
+    out_state: Tensor | None = None,
+    *,
+    impl: str | None = None,
+) -> MambaStep:
+    """The output of the gated norm for `projected` [B, T, 2I + 2GN + H] = z | x | B | C | dt, and what comes after it.
+
+    Args:
+        A_H: `-exp(A_log)`, float32.
+        window_BCK, state_BHPN: What the tokens before left.
+        out_state: Memory for the final state, as in `ops.ssd.ssd`.
+    """
+    args = (conv_weight_CK, conv_bias_C, dt_bias_H, A_H, D_H, norm_weight_I, window_BCK, state_BHPN, out_state)
+    return MambaStep(*_STEP(projected_BTX, sizes, *args, impl=impl))
+
+
+def can_step(projected_BTX: Tensor, sizes: MambaSizes, *args: Tensor | None) -> bool:
+    """Whether the kernel takes this call; where it does not, the mixer calls the five ops itself."""
+    return _STEP.why_reference((projected_BTX, sizes, *args), None) is None
