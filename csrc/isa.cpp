@@ -61,6 +61,16 @@ CpuFeatures detect() noexcept {
     return f;
 }
 
+// Measured with int4 panels, two threads. Intel with AMX: 2 KB ahead 34 GB/s, 4 KB 31, 8 KB 31, none 29. AMD Zen 5: 2 KB
+// 41, 4 KB 62, 6 to 8 KB 62 to 67, 12 KB 46, none 36.
+size_t best_read_ahead() noexcept {
+#if defined(__x86_64__)
+    unsigned a, b, c, d;
+    if (__get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx) return 2048;
+#endif
+    return 6144;
+}
+
 #define NEMOTRON_H_GENERIC(type, name) generic::name,
 constexpr Kernels generic_kernels = {NEMOTRON_H_KERNELS(NEMOTRON_H_GENERIC)};
 #if defined(__x86_64__)
@@ -71,6 +81,8 @@ constexpr Kernels avx512_kernels = {NEMOTRON_H_KERNELS(NEMOTRON_H_AVX512)};
 #endif
 
 }  // namespace
+
+const size_t read_ahead = best_read_ahead();
 
 const CpuFeatures& cpu_features() noexcept {
     static const CpuFeatures features = detect();

@@ -178,6 +178,7 @@ struct CpuFeatures {
     bool amx_tile, amx_int8, amx_bf16, amx_permission;  // permission: the kernel has granted this process the tile state
 };
 const CpuFeatures& cpu_features() noexcept;
+extern const size_t read_ahead;  // bytes of weights to fetch ahead of the reading
 Level highest_level() noexcept;
 const Kernels& kernels_of(Level level) noexcept;  // level must not exceed highest_level()
 
