@@ -3,8 +3,8 @@
     pip install gguf
     python tools/quantization_quality.py TEXT
 
-Q8_0 and Q4_0 come from the `gguf` package, llama.cpp's own. "ideal" is the best step of every group of 32 columns, found
-by search and kept in float32, which no format stores. Errors are relative, ‖approximation − exact‖ / ‖exact‖.
+Q8_0 and Q4_0 come from the `gguf` package, llama.cpp's own. "ideal" is the best step of every group of 32 columns,
+found by search and kept in float32, which no format stores. Errors are relative, ‖approximation − exact‖ / ‖exact‖.
 
 Letters: M rows · N outputs · K columns.
 """
@@ -85,7 +85,7 @@ def weights_table(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def activations_table() -> list[str]:
-    """Output error of int8 blocks of 128 against float activations on the same packed weights, and with the weights'."""
+    """Output error of int8 blocks of 128 against float activations on the same packed weights, and with theirs."""
     torch.manual_seed(1)
     w, x = torch.randn(512, 2688), torch.randn(64, 2688)
     channel = x.clone()
@@ -161,9 +161,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     arguments = parser.parse_args()
     text = arguments.text.read_text(encoding="utf-8")
-    print(
-        f"Machine: {platform.machine()}, torch {torch.__version__}; text: {arguments.text.name}, {len(text)} characters.\n"
-    )
+    print(f"{platform.machine()}, torch {torch.__version__}; text: {arguments.text.name}, {len(text)} characters.\n")
     for title, table in (
         ("Random weights", weights_table(draws())),
         ("The shipped model's tensors", weights_table(trained())),

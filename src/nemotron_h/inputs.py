@@ -105,7 +105,7 @@ def _check_tokens(
             f"input_ids must be integers [batch, tokens], got {list(input_ids.shape)} of {input_ids.dtype}"
         )
     if input_ids.is_cpu and input_ids.numel() and readable(input_ids):
-        low, high = (int(v) for v in torch.aminmax(input_ids))
+        low, high = [input_ids.item()] * 2 if input_ids.numel() == 1 else (int(v) for v in torch.aminmax(input_ids))
         if low < 0 or high >= config.vocab_size:
             raise InputError(f"input_ids must lie in [0, vocab_size={config.vocab_size}), got {low} to {high}")
     return input_ids.shape[0], input_ids.shape[1], input_ids.device

@@ -32,7 +32,7 @@ from nemotron_h.linears import NemotronHLinear, activated, empty_packed
 from nemotron_h.ops.activations import activation
 from nemotron_h.ops.attention import attention
 from nemotron_h.ops.causal_conv1d import ConvResult, causal_conv1d
-from nemotron_h.ops.mamba_step import MambaSizes, can_step, mamba_step
+from nemotron_h.ops.mamba_step import MambaSizes, step_if_possible
 from nemotron_h.ops.moe import experts, load, packed_experts
 from nemotron_h.ops.norm import gated_rms_norm, rms_norm
 from nemotron_h.ops.pack import pack_into
@@ -168,9 +168,9 @@ class NemotronHMamba2Mixer(nn.Module):
             projected, sizes, self.conv1d.weight[:, 0], self.conv1d.bias, self.dt_bias, A_H, self.D,
             self.norm.weight, cache.conv_states, cache.recurrent_states, cache.buffer(layout),
         )  # fmt: skip
-        if not can_step(*args):
+        step = step_if_possible(*args)
+        if step is None:
             return None
-        step = mamba_step(*args)
         cache.update(step.window, cache.at_rest(step.final_state))
         return step.output
 

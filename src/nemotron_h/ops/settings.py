@@ -20,12 +20,13 @@ LEVELS = ("generic", "avx2", "avx512", "amx")
 
 
 class Settings(NamedTuple):
-    """What the environment asks for; None where it leaves the choice to us."""
+    """What the environment asks for; None where it leaves the choice to us. `free`: it asks for nothing but a level."""
 
     impl: str | None
     isa: str | None
     check: bool
     trace: bool
+    free: bool = False
 
 
 _current: Settings | None = None
@@ -40,12 +41,11 @@ def refresh() -> Settings:
     """Read the environment again. Raises `KernelError` for an illegal value."""
     global _current
     _current = None
-    _current = Settings(
-        impl=_choice("NEMOTRON_H_IMPL", IMPLEMENTATIONS),
-        isa=_choice("NEMOTRON_H_ISA", LEVELS),
-        check=_choice("NEMOTRON_H_CHECK", ("0", "1")) == "1",
-        trace=_choice("NEMOTRON_H_TRACE", ("0", "1")) == "1",
-    )
+    impl = _choice("NEMOTRON_H_IMPL", IMPLEMENTATIONS)
+    isa = _choice("NEMOTRON_H_ISA", LEVELS)
+    check = _choice("NEMOTRON_H_CHECK", ("0", "1")) == "1"
+    trace = _choice("NEMOTRON_H_TRACE", ("0", "1")) == "1"
+    _current = Settings(impl, isa, check, trace, impl is None and not check and not trace)
     return _current
 
 

@@ -48,7 +48,7 @@ def packed_linear(
     *,
     impl: str | None = None,
 ) -> Tensor:
-    """`act(x Wᵀ + bias)` with W [N, K] packed as `packing` in uint8 [panels, bytes]; x [..., K] to [..., N] in x's dtype.
+    """`act(x Wᵀ + bias)` with W [N, K] packed in uint8 [panels, bytes]; x [..., K] to [..., N] in x's dtype.
 
     Args:
         arithmetic: "int8" rounds every 128 activations of a row to int8 with one scale, then adds exactly within them;

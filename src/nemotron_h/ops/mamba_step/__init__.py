@@ -16,7 +16,7 @@ from nemotron_h.ops import dispatch
 from nemotron_h.ops.mamba_step import native, reference
 from nemotron_h.ops.mamba_step.sizes import MambaSizes
 
-__all__ = ["MambaSizes", "MambaStep", "can_step", "mamba_step"]
+__all__ = ["MambaSizes", "MambaStep", "mamba_step", "step_if_possible"]
 
 
 class MambaStep(NamedTuple):
@@ -56,6 +56,7 @@ def mamba_step(
     return MambaStep(*_STEP(projected_BTX, sizes, *args, impl=impl))
 
 
-def can_step(projected_BTX: Tensor, sizes: MambaSizes, *args: Tensor | None) -> bool:
-    """Whether the kernel takes this call; where it does not, the mixer calls the five ops itself."""
-    return _STEP.why_reference((projected_BTX, sizes, *args), None) is None
+def step_if_possible(projected_BTX: Tensor, sizes: MambaSizes, *args: Tensor | None) -> MambaStep | None:
+    """`mamba_step` by its kernel; None where that cannot take the call, and the mixer calls the five ops itself."""
+    call = (projected_BTX, sizes, *args)
+    return MambaStep(*_STEP.run(*call)) if _STEP.why_reference(call, None) is None else None
