@@ -133,6 +133,7 @@ NB_MODULE(_native, m) {
     def_kernel<Gil::release>(table, "router", &Kernels::router);
     def_kernel<Gil::release>(table, "sample", &Kernels::sample);
     def_kernel<Gil::release>(table, "linear", &Kernels::linear);
+    def_kernel<Gil::keep>(table, "decay_rate", &Kernels::decay_rate);
     def_kernel<Gil::release>(table, "mamba_step", &Kernels::mamba_step);
     def_kernel<Gil::release>(table, "experts", &Kernels::experts);
     def_kernel<Gil::release>(table, "pack", &Kernels::pack);

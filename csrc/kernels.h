@@ -36,7 +36,7 @@ enum class Arithmetic : int { integer = 0, floating = 1 };  // of activations th
 using RmsNorm = void(const void* x, const void* weight, void* out, size_t rows, size_t cols, size_t x_row_stride,
                      float eps, Dtype x_dtype, Dtype weight_dtype) noexcept;
 
-// out[m, n] = act(Σ_k x[m, k] · w[n, k] + bias[n]), the sum in float32, rounded before and after act, for M rows of x against an N × K matrix.
+// out[m, n] = act(Σ_k x[m, k] · w[n, k] + bias[n]), the sum in float32, rounded to x's dtype before and after act, for M rows of x against an N × K matrix.
 // Plain weights (x has their dtype): two chains over the even and the odd k of each 32, from zero, then added to the sum,
 // which is how the matrix units add. Packed weights: activations become int8 with a scale per 128 k, blocks are summed
 // exactly and enter the sum by one fused multiply-add in the order of k; or, Arithmetic::floating, x stays float32.
@@ -91,6 +91,9 @@ using GatedRmsNorm = void(const void* y, const void* z, const void* weight, void
 // out[b, t, h] = clamp(softplus(dt[b, t, h] + bias[h]), low, high), double inside. dt: rows of H contiguous elements.
 using TimeStep = void(const void* dt, const void* bias, float* out, size_t batch, size_t T, size_t H, size_t dt_batch,
                       size_t dt_token, float low, float high, Dtype dt_dtype, Dtype bias_dtype) noexcept;
+
+// A[h] = -exp(A_log[h]), double inside.
+using DecayRate = void(const void* A_log, float* A, size_t H, Dtype dtype) noexcept;
 
 // causal_conv1d, time_step, ssd_step and gated_rms_norm one after the other, for rows z | x | B | C | dt, contiguous, of
 // batch × T tokens. window: any strides, as in CausalConv1d; new_window, out (batch × T × H·P) and the states: contiguous.
@@ -150,6 +153,7 @@ constexpr size_t sample_scratch(size_t V) { return 2 * V + 32; }
     kernel(CausalConv1d, causal_conv1d)  \
     kernel(GatedRmsNorm, gated_rms_norm) \
     kernel(TimeStep, time_step)          \
+    kernel(DecayRate, decay_rate)        \
     kernel(MambaStep, mamba_step)        \
     kernel(Attention, attention)
 

@@ -11,12 +11,12 @@ inline f32x16 with_bias(f32x16 y, const void* bias, Dtype dtype, size_t n, size_
     return add(y, load_up_to(static_cast<const bf16*>(bias) + n, count));
 }
 
-// relu² of y as it would be stored, so that an activation of its own gives the same bits.
-inline f32x16 relu2_of_rounded(f32x16 y, Dtype dtype) {
-    if (dtype == Dtype::float32) return relu2(y);
-    bf16 rounded[lanes];
-    store(rounded, y);
-    return relu2(load(rounded));
+// y as x's dtype has it: what follows then gives the bits that it would give as an op of its own.
+inline f32x16 rounded(f32x16 y, Dtype dtype) {
+    if (dtype == Dtype::float32) return y;
+    bf16 narrow[lanes];
+    store(narrow, y);
+    return load(narrow);
 }
 
 template <typename Out>
@@ -42,7 +42,8 @@ void linear(const void* x, Dtype x_dtype, size_t x_stride, size_t M, const void*
             const size_t n = panel * panel_rows, count = N - n;
             panel_products(weights, panel, rows, nullptr, M, [&](size_t m, f32x16 y) {
                 y = with_bias(y, bias, bias_dtype, n, count);
-                if (activation == Activation::relu2) y = relu2_of_rounded(y, out_dtype);
+                if (activation == Activation::relu2) y = relu2(rounded(y, x_dtype));
+                if (out_dtype != x_dtype) y = rounded(y, x_dtype);
                 const size_t to = m * out_stride + n;
                 if (out_dtype == Dtype::float32) put(static_cast<float*>(out) + to, y, count);
                 else put(static_cast<bf16*>(out) + to, y, count);

@@ -1,4 +1,4 @@
-// Time steps of the state space: clamp(softplus(dt + bias), low, high).
+// Time steps of the state space, clamp(softplus(dt + bias), low, high), and its rates of decay, -exp(A_log).
 //
 // A token has as many as heads, 64 in a 30B model, some 40 ns each: in double, by the C library, since a relative error
 // of a step is one of the state's memory. softplus(v) = max(v, 0) + log1p(exp(-|v|)) keeps its digits at both ends.
@@ -39,6 +39,10 @@ void time_step(const void* dt, const void* bias, float* out, size_t batch, size_
             out[i] = step(v + element(bias, bias_dtype, h), low, high);
         }
     });
+}
+
+void decay_rate(const void* A_log, float* A, size_t H, Dtype dtype) noexcept {
+    for (size_t h = 0; h < H; ++h) A[h] = -static_cast<float>(__builtin_exp(element(A_log, dtype, h)));
 }
 
 }  // namespace NEMOTRON_H_LEVEL

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nemotron_h.cache import NemotronHHybridDynamicCache
 from nemotron_h.errors import InputError
 from nemotron_h.modeling import NemotronHMamba2Mixer, NemotronHModel, NemotronHMoE
-from nemotron_h.ops.ssd import ssd
+from nemotron_h.ops.ssd import decay_rate, ssd
 from nemotron_h.points import NemotronHPoint, hooked
 
 __all__ = ["cache_from_states", "effective_attention", "expert_weights", "hooked", "points", "record"]
@@ -113,7 +113,7 @@ def effective_attention(
     with record(mixer, "hook_dt", "hook_B", "hook_C", detach=False) as seen:
         _run(model, input_ids, attention_mask, seq_idx)
     dt_BTH, B_BTGN, C_BTGN = (seen[name][0] for name in ("hook_dt", "hook_B", "hook_C"))
-    A_H = -torch.exp(mixer.A_log.to(dt_BTH.dtype))
+    A_H = decay_rate(mixer.A_log).to(dt_BTH.dtype)
     D_H = mixer.D if include_D else torch.zeros_like(mixer.D)
     # The scan is linear in x: what it makes of the identity is its matrix.
     tokens = dt_BTH.shape[1]

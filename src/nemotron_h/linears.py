@@ -22,8 +22,8 @@ from nemotron_h.quantization import Packing, Scheme, unpack
 class NemotronHLinear(nn.Linear):
     """An `nn.Linear` whose product is our op."""
 
-    def forward(self, input: Tensor, activation: str = "identity") -> Tensor:
-        return linear(input, self.weight, self.bias, activation)
+    def forward(self, input: Tensor, activation: str = "identity", wide: bool = False) -> Tensor:
+        return linear(input, self.weight, self.bias, activation, wide)
 
     def packed(self, scheme: Scheme) -> NemotronHPackedLinear:
         """A layer with these weights packed; on `meta`, one without values."""
@@ -51,9 +51,9 @@ class NemotronHPackedLinear(nn.Linear):
     def packing(self) -> Packing:
         return self.scheme.packing
 
-    def forward(self, input: Tensor, activation: str = "identity") -> Tensor:
+    def forward(self, input: Tensor, activation: str = "identity", wide: bool = False) -> Tensor:
         return packed_linear(
-            input, self.weight, self.packing, self.out_features, self.bias, self.scheme.activations, activation
+            input, self.weight, self.packing, self.out_features, self.bias, self.scheme.activations, activation, wide
         )
 
     def dequantized(self) -> Tensor:
@@ -72,11 +72,23 @@ class NemotronHPackedLinear(nn.Linear):
 
 
 def activated(layer: nn.Module, x: Tensor, activation: str) -> Tensor:
-    """`act(layer(x))`, in one op where nobody can tell: the layer is ours, without hooks or another forward."""
-    plain = type(layer) is NemotronHLinear or type(layer) is NemotronHPackedLinear
-    if plain and not watched(layer) and "forward" not in layer.__dict__:
-        return layer(x, activation)
-    return by_name(activation)(layer(x))
+    """`act(layer(x))`, in one op where nobody can tell."""
+    return layer(x, activation) if _is_plain(layer) else by_name(activation)(layer(x))
+
+
+def widened(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)` in float32, or float64: in one op where nobody can tell. PyTorch would wake its own threads for a pass
+    over a large vocabulary, and they spin for milliseconds on the cores that the next token needs."""
+    if _is_plain(layer):
+        return layer(x, wide=True)
+    y = layer(x)
+    return y.to(torch.promote_types(y.dtype, torch.float32))
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is ours, without hooks or another forward."""
+    ours = type(layer) is NemotronHLinear or type(layer) is NemotronHPackedLinear
+    return ours and not watched(layer) and "forward" not in layer.__dict__
 
 
 def empty_packed(shape: tuple[int, ...], device: torch.device) -> nn.Parameter:

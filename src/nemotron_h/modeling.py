@@ -28,7 +28,7 @@ from nemotron_h.family import BlockType, Layer
 from nemotron_h.generation_mixin import NemotronHGenerationMixin
 from nemotron_h.inputs import keep_positions, prepare
 from nemotron_h.layout import Layout, Recorder, ordered
-from nemotron_h.linears import NemotronHLinear, activated, empty_packed
+from nemotron_h.linears import NemotronHLinear, activated, empty_packed, widened
 from nemotron_h.ops.activations import activation
 from nemotron_h.ops.attention import attention
 from nemotron_h.ops.causal_conv1d import ConvResult, causal_conv1d
@@ -37,7 +37,7 @@ from nemotron_h.ops.moe import experts, load, packed_experts
 from nemotron_h.ops.norm import gated_rms_norm, rms_norm
 from nemotron_h.ops.pack import pack_into
 from nemotron_h.ops.router import Routing, route
-from nemotron_h.ops.ssd import ssd_in_two, time_step
+from nemotron_h.ops.ssd import decay_rate, ssd_in_two, time_step
 from nemotron_h.outputs import NemotronHCausalLMOutput, NemotronHModelOutput
 from nemotron_h.points import NemotronHPoint, hooked, in_slots, through, watched
 from nemotron_h.pretrained import NemotronHPreTrainedModel
@@ -136,7 +136,7 @@ class NemotronHMamba2Mixer(nn.Module):
         dt_BTH = _zero_padding(time_step(dt_BTH, self.dt_bias, self.time_step_limit), valid_BT)
         # Once more: what a hook leaves at padding must not reach the state.
         dt_BTH = _zero_padding(in_slots(self.hook_dt, dt_BTH, layout), valid_BT)
-        A_H = -torch.exp(self.A_log.to(dt_BTH.dtype))
+        A_H = decay_rate(self.A_log)
 
         start = 0 if cache is None else cache.unrecorded(layout)
         seen = hooked(self.hook_state) or layout.recorder is not None and layout.recorder.ssm_states is not None
@@ -163,7 +163,7 @@ class NemotronHMamba2Mixer(nn.Module):
         sizes = MambaSizes(
             self.num_heads, self.head_dim, self.n_groups, self.ssm_state_size, self.time_step_limit, self.norm.eps
         )
-        A_H = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        A_H = decay_rate(self.A_log)
         args = (
             projected, sizes, self.conv1d.weight[:, 0], self.conv1d.bias, self.dt_bias, A_H, self.D,
             self.norm.weight, cache.conv_states, cache.recurrent_states, cache.buffer(layout),
@@ -680,8 +680,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
 
     def logits_of(self, hidden_BTD: Tensor) -> Tensor:
         """`lm_head` of hidden states behind the final norm, in float32 (float64 in a float64 model)."""
-        logits_BTV = self.lm_head(hidden_BTD)
-        return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+        return widened(self.lm_head, hidden_BTD)
 
     def _losses(
         self,

@@ -56,7 +56,7 @@ def test_packed_bits_and_budget(
     generator = torch.Generator().manual_seed(seed)
     weight, _ = draw(packing, n, k, generator)
     x, bias_N = rows(m, k, dtype, generator), torch.randn(n, generator=generator) if bias else None
-    args = (weight.panels, packing, n, bias_N, arithmetic, act)
+    args = (weight.panels, packing, n, bias_N, arithmetic, act, False)
     result = native.packed_linear(x, *args, level="generic")
     low, high = reference.packed_linear(x, *args), reference.packed_linear(x.double(), *args)
     assert_in_budget(result, low, high, slack=8.0)
@@ -78,13 +78,15 @@ def test_plain_bits_and_budget(seed: int, m: int, n: int, k: int, dtype: torch.d
     wide_NK = torch.randn(n, k + offset, generator=generator).to(dtype)
     weight_NK = wide_NK[:, offset:]  # rows at a distance, at any alignment
     x, bias_N = rows(m, k, dtype, generator), torch.randn(n, generator=generator).to(dtype) if bias else None
-    result = native.linear(x, weight_NK, bias_N, "identity", level="generic")
-    high = reference.linear(x.double(), weight_NK.double(), None if bias_N is None else bias_N.double(), "identity")
-    assert_in_budget(result, reference.linear(x, weight_NK, bias_N, "identity"), high, slack=2.0)
+    result = native.linear(x, weight_NK, bias_N, "identity", False, level="generic")
+    high = reference.linear(
+        x.double(), weight_NK.double(), None if bias_N is None else bias_N.double(), "identity", False
+    )
+    assert_in_budget(result, reference.linear(x, weight_NK, bias_N, "identity", False), high, slack=2.0)
     for level in _native.levels():
         for count in (1, 2, 3):
             with_threads(count)
-            assert torch.equal(native.linear(x, weight_NK, bias_N, "identity", level=level), result)
+            assert torch.equal(native.linear(x, weight_NK, bias_N, "identity", False, level=level), result)
     for row in range(m):
         assert torch.equal(native.linear(x[row : row + 1], weight_NK.clone(), bias_N)[0], result[row])
 
@@ -115,7 +117,7 @@ def test_large_and_odd_sizes(packing: Packing, level: str) -> None:
         weight, _ = draw(packing, n, k, generator)
         x = rows(2, k, torch.bfloat16, generator)
         result = native.packed_linear(x, weight.panels, packing, n, None, "int8", level=level)
-        args = (weight.panels, packing, n, None, "int8", "identity")
+        args = (weight.panels, packing, n, None, "int8", "identity", False)
         assert_in_budget(result, reference.packed_linear(x, *args), reference.packed_linear(x.double(), *args), 8.0)
 
 
@@ -145,6 +147,9 @@ def test_a_fused_activation_changes_no_bit(dtype: torch.dtype) -> None:
     product = packed_linear(x, weight.panels, INT8, 40)
     assert torch.equal(packed_linear(x, weight.panels, INT8, 40, activation="relu2"), product.relu().square())
     assert torch.equal(linear(x, plain, activation="relu2"), linear(x, plain).relu().square())
+    assert torch.equal(packed_linear(x, weight.panels, INT8, 40, wide=True), product.float())
+    assert torch.equal(linear(x, plain, wide=True), linear(x, plain).float())
+    assert packed_linear(x.double(), weight.panels, INT8, 40, wide=True).dtype == torch.float64
     with torch.no_grad():
         silu = packed_linear(x, weight.panels, INT8, 40, activation="silu")
     assert silu.isfinite().all()

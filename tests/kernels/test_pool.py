@@ -1,4 +1,4 @@
-"""The thread pool: its size, forks, calls from several Python threads, and that it sleeps when there is nothing to do."""
+"""The thread pool: its size, forks, calls from several Python threads, and that it sleeps when idle."""
 
 from __future__ import annotations
 
@@ -76,9 +76,7 @@ def test_calls_from_several_python_threads() -> None:
     expected, wrong = run(), []
 
     def many() -> None:
-        for _ in range(200):
-            if not torch.equal(run(), expected):
-                wrong.append(1)
+        wrong.extend(1 for _ in range(200) if not torch.equal(run(), expected))
 
     workers = [threading.Thread(target=many) for _ in range(4)]
     for worker in workers:

@@ -13,9 +13,9 @@ from mamba_cases import DTYPES, LEVELS, assert_bits, draw, kernel_threads, poiso
 from torch import Tensor, nn
 
 from nemotron_h.errors import KernelError
-from nemotron_h.ops import dispatch
+from nemotron_h.ops import _native, dispatch
 from nemotron_h.ops import ssd as op
-from nemotron_h.ops.ssd import native, reference, time_step
+from nemotron_h.ops.ssd import decay_rate, native, reference, time_step
 
 FREE = (0.0, math.inf)
 
@@ -150,3 +150,16 @@ def test_check(environment: Callable[..., None], monkeypatch: pytest.MonkeyPatch
     for level in LEVELS[-1:]:
         with pytest.raises(KernelError, match=f"time_step: native {level} is off by"):
             time_step(*case(2, 3, 5), FREE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decay_rates(dtype: torch.dtype) -> None:
+    A_log = torch.cat([torch.linspace(-80, 80, 301), torch.tensor([0.0, torch.inf, -torch.inf, torch.nan])]).to(dtype)
+    exact = -torch.exp(A_log.double())
+    for level in _native.levels():
+        assert torch.equal(native.decay_rate(A_log, level=level).nan_to_num(7.0), exact.float().nan_to_num(7.0))
+    with torch.no_grad():
+        assert torch.equal(decay_rate(A_log[:300]), exact[:300].float())
+    assert decay_rate(A_log.double()).dtype == torch.float64
+    with pytest.raises(KernelError, match="contiguous float32 and bfloat16"):
+        decay_rate(A_log[::2], impl="native")

@@ -22,19 +22,21 @@ def linear(
     weight_NK: Tensor,
     bias_N: Tensor | None = None,
     activation: str = "identity",
+    wide: bool = False,
     *,
     impl: str | None = None,
 ) -> Tensor:
     """`act(x Wᵀ + bias)`, x [..., K] to [..., N] in x's dtype; the sum in float32 (float64 in a float64 model).
 
     The activation takes the product as it would be returned, rounded to x's dtype, so that fusing it changes no bit;
-    the kernel knows "identity" and "relu2".
+    the kernel knows "identity" and "relu2". `wide` returns the same values in float32, as `.to(torch.float32)` would:
+    logits of a large vocabulary then need no pass of their own.
 
     The kernel takes up to 8 rows in bfloat16 or float32, and weights of the same dtype whose rows are contiguous. Its
     order of additions is that of the matrix units: for each 32 columns an even and an odd chain from zero, their sum
     added to the total. A row's bits depend on that row alone. Raises `KernelError` when `impl="native"` cannot run.
     """
-    return _LINEAR(x, weight_NK, bias_N, activation, impl=impl)
+    return _LINEAR(x, weight_NK, bias_N, activation, wide, impl=impl)
 
 
 def packed_linear(
@@ -45,6 +47,7 @@ def packed_linear(
     bias_N: Tensor | None = None,
     arithmetic: Arithmetic = "int8",
     activation: str = "identity",
+    wide: bool = False,
     *,
     impl: str | None = None,
 ) -> Tensor:
@@ -54,8 +57,8 @@ def packed_linear(
         arithmetic: "int8" rounds every 128 activations of a row to int8 with one scale, then adds exactly within them;
             "float32" keeps the activations, several times slower. Gradients flow to x in both, as through the weights
             that the bytes mean.
-        activation: As in `linear`.
+        activation, wide: As in `linear`.
 
     Any number of rows; a row's bits depend on that row alone. Raises `KernelError` when `impl="native"` cannot run.
     """
-    return _PACKED(x, packed, packing, out_features, bias_N, arithmetic, activation, impl=impl)
+    return _PACKED(x, packed, packing, out_features, bias_N, arithmetic, activation, wide, impl=impl)

@@ -22,7 +22,7 @@ _KEPT = 16 << 20  # bytes of scratch that a thread keeps from call to call
 _local = threading.local()
 
 
-def refusal(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, activation: str) -> str | None:
+def refusal(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, activation: str, wide: bool) -> str | None:
     """Why the kernel cannot take these arguments; None when it can."""
     reason = _refused(x, weight_NK, bias_N, activation)
     if reason is not None:
@@ -42,7 +42,7 @@ def refusal(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, activation: str
 
 def packed_refusal(
     x: Tensor, packed: Tensor, packing: Packing, out_features: int, bias_N: Tensor | None, arithmetic: str,
-    activation: str,
+    activation: str, wide: bool,
 ) -> str | None:  # fmt: skip
     """Why the kernel cannot take these arguments; None when it can."""
     reason = _refused(x, packed, bias_N, activation)
@@ -73,11 +73,12 @@ def _refused(x: Tensor, weight: Tensor, bias_N: Tensor | None, activation: str) 
 
 
 def linear(
-    x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, activation: str = "identity", level: str | None = None
-) -> Tensor:
+    x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, activation: str = "identity", wide: bool = False,
+    level: str | None = None,
+) -> Tensor:  # fmt: skip
     """See `nemotron_h.ops.linear.linear`; valid only where `refusal` is None. `level`: default, the level in force."""
     code, (rows, cols) = DTYPE_CODES[weight_NK.dtype], weight_NK.shape
-    return _run(x, weight_NK, code, weight_NK.stride(0), rows, cols, 0, 0, "float32", bias_N, activation, level)
+    return _run(x, weight_NK, code, weight_NK.stride(0), rows, cols, 0, 0, "float32", bias_N, activation, wide, level)
 
 
 def packed_linear(
@@ -88,29 +89,42 @@ def packed_linear(
     bias_N: Tensor | None,
     arithmetic: str,
     activation: str = "identity",
+    wide: bool = False,
     level: str | None = None,
 ) -> Tensor:
     """See `nemotron_h.ops.linear.packed_linear`; valid only where `packed_refusal` is None."""
     cols, scale = x.shape[-1], 0 if packing.own else packing.scale_code
     return _run(
-        x, packed, packing.code, 0, out_features, cols, packing.group, scale, arithmetic, bias_N, activation, level
+        x,
+        packed,
+        packing.code,
+        0,
+        out_features,
+        cols,
+        packing.group,
+        scale,
+        arithmetic,
+        bias_N,
+        activation,
+        wide,
+        level,
     )
 
 
 def _run(
     x: Tensor, weight: Tensor, code: int, stride: int, rows: int, cols: int, group: int, scale: int, arithmetic: str,
-    bias_N: Tensor | None, activation: str, level: str | None,
+    bias_N: Tensor | None, activation: str, wide: bool, level: str | None,
 ) -> Tensor:  # fmt: skip
     x, x_stride = in_rows(x)
     count, exact = x.numel() // cols, ARITHMETIC_CODES[arithmetic]
-    out = x.new_empty(*x.shape[:-1], rows)
+    out = x.new_empty(*x.shape[:-1], rows, dtype=torch.float32 if wide else x.dtype)
     threads.sync()
     work = scratch(_native.extension().linear_scratch(count, cols, code, exact))
     bias = (0, 0) if bias_N is None else (bias_N.data_ptr(), DTYPE_CODES[bias_N.dtype])
     dtype = DTYPE_CODES[x.dtype]
     _native.kernels(level).linear(
         x.data_ptr(), dtype, x_stride, count, weight.data_ptr(), code, stride, rows, cols, group, scale, exact, *bias,
-        ACTIVATION_CODES[activation], out.data_ptr(), dtype, rows, work.data_ptr(),
+        ACTIVATION_CODES[activation], out.data_ptr(), DTYPE_CODES[out.dtype], rows, work.data_ptr(),
     )  # fmt: skip
     return out
 

@@ -14,25 +14,28 @@ from nemotron_h.quantization import Packing, unpack
 from nemotron_h.quantization.layout import BLOCK
 
 
-def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, activation: str) -> Tensor:
+def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, activation: str, wide: bool) -> Tensor:
     """See `nemotron_h.ops.linear.linear`."""
-    y = F.linear(x, weight_NK, bias_N)
-    return y if activation == "identity" else by_name(activation)(y)
+    return _finished(F.linear(x, weight_NK, bias_N), activation, wide)
+
+
+def _finished(y: Tensor, activation: str, wide: bool) -> Tensor:
+    y = y if activation == "identity" else by_name(activation)(y)
+    return y.to(torch.promote_types(y.dtype, torch.float32)) if wide else y
 
 
 def packed_linear(
     x: Tensor, packed: Tensor, packing: Packing, out_features: int, bias_N: Tensor | None, arithmetic: str,
-    activation: str,
+    activation: str, wide: bool,
 ) -> Tensor:  # fmt: skip
     """See `nemotron_h.ops.linear.packed_linear`."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if packed.is_meta:
-        return x.new_empty(*x.shape[:-1], out_features)
+        return _finished(x.new_empty(*x.shape[:-1], out_features), activation, wide)
     weight_NK = unpack(packed, packing, out_features, x.shape[-1]).to(dtype)
-    wide = x.to(dtype)
-    y = F.linear(rounded(wide) if arithmetic == "int8" else wide, weight_NK)
-    y = (y if bias_N is None else y + bias_N.to(dtype)).to(x.dtype)
-    return y if activation == "identity" else by_name(activation)(y)
+    exact = x.to(dtype)
+    y = F.linear(rounded(exact) if arithmetic == "int8" else exact, weight_NK)
+    return _finished((y if bias_N is None else y + bias_N.to(dtype)).to(x.dtype), activation, wide)
 
 
 def rounded(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from nemotron_h.ops import dispatch, settings
 from nemotron_h.ops.ssd import cuda, native, reference
 
-__all__ = ["STEP_TOKENS", "SSDResult", "ssd", "ssd_in_two", "time_step"]
+__all__ = ["STEP_TOKENS", "SSDResult", "decay_rate", "ssd", "ssd_in_two", "time_step"]
 
 STEP_TOKENS = native.TOKENS
 """Tokens up to which the recurrence itself may run."""
@@ -29,6 +29,7 @@ class SSDResult(NamedTuple):
 
 _CHUNK_SCAN = dispatch.register("ssd_chunk_scan", reference.chunk_scan)
 _STEP = dispatch.register("ssd_step", reference.step, native.step, native.refusal)
+_DECAY_RATE = dispatch.register("decay_rate", reference.decay_rate, native.decay_rate, native.decay_rate_refusal)
 _TIME_STEP = dispatch.register("time_step", reference.time_step, native.time_step, native.time_step_refusal)
 
 
@@ -87,6 +88,14 @@ def time_step(dt_BTH: Tensor, dt_bias_H: Tensor, limit: tuple[float, float], *, 
     dt, dt_bias: any floating dtypes. Computed and returned in float32, in float64 when dt is.
     """
     return _TIME_STEP(dt_BTH, dt_bias_H, limit, impl=impl)
+
+
+def decay_rate(A_log_H: Tensor, *, impl: str | None = None) -> Tensor:
+    """A = `-exp(A_log)`, [H], in float32 (float64 in a float64 model).
+
+    PyTorch's `exp` of even a few numbers wakes MKL's threads, which then spin on the cores that the kernels need.
+    """
+    return _DECAY_RATE(A_log_H, impl=impl)
 
 
 def ssd_in_two(

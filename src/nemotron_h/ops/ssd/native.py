@@ -148,3 +148,20 @@ def time_step(dt_BTH: Tensor, dt_bias_H: Tensor, limit: tuple[float, float], lev
         *limit, DTYPE_CODES[dt_BTH.dtype], DTYPE_CODES[dt_bias_H.dtype],
     )  # fmt: skip
     return out_BTH
+
+
+def decay_rate_refusal(A_log_H: Tensor) -> str | None:
+    """Why the kernel cannot take these arguments; None when it can."""
+    reason = not_plain(A_log_H)
+    if reason is not None:
+        return reason
+    if A_log_H.dtype not in DTYPE_CODES or A_log_H.dim() != 1 or not A_log_H.is_contiguous() or not len(A_log_H):
+        return f"the kernel takes contiguous float32 and bfloat16, not {A_log_H.dtype} {list(A_log_H.shape)}"
+    return None
+
+
+def decay_rate(A_log_H: Tensor, level: str | None = None) -> Tensor:
+    """See `nemotron_h.ops.ssd.decay_rate`; valid only where `decay_rate_refusal` is None."""
+    A_H = torch.empty_like(A_log_H, dtype=torch.float32)
+    _native.kernels(level).decay_rate(A_log_H.data_ptr(), A_H.data_ptr(), len(A_log_H), DTYPE_CODES[A_log_H.dtype])
+    return A_H

@@ -19,6 +19,11 @@ def time_step(dt_BTH: Tensor, dt_bias_H: Tensor, limit: tuple[float, float]) -> 
     return steps_BTH.clamp(*limit)
 
 
+def decay_rate(A_log_H: Tensor) -> Tensor:
+    """`-exp(A_log)` in float32: A, the rate at which the state decays."""
+    return -torch.exp(A_log_H.to(torch.promote_types(A_log_H.dtype, torch.float32)))
+
+
 def step(
     x_BTHP: Tensor,
     dt_BTH: Tensor,
