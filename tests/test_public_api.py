@@ -180,7 +180,7 @@ def test_engine_and_cache_take_the_interfaces_arguments() -> None:
     assert parameters(llm.score) == {"prompts": ...}
     assert parameters(llm.stats) == {}
     cache = parameters(nemotron_h.NemotronHHybridDynamicCache)
-    assert cache == {"config": ..., "batch_size": None, "dtype": None, "device": None}
+    assert cache == {"config": ..., "batch_size": None, "dtype": None, "device": None, "kv_dtype": None}
     assert [field.name for field in fields(nemotron_h.SamplingParams)] == [
         "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
         "frequency_penalty", "seed", "stop", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs",

@@ -158,7 +158,7 @@ class NemotronHMamba2Mixer(nn.Module):
         """A decode step in one op, with the bits of the ops above; None where somebody watches or it cannot be."""
         if torch.compiler.is_compiling() or cache is None or not cache.steps or not layout.is_plain:
             return None
-        if self._is_watched() or self.conv1d.act not in ("silu", "swish"):
+        if projected.is_cuda or self._is_watched() or self.conv1d.act not in ("silu", "swish"):
             return None
         sizes = MambaSizes(
             self.num_heads, self.head_dim, self.n_groups, self.ssm_state_size, self.time_step_limit, self.norm.eps

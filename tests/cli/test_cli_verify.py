@@ -9,7 +9,7 @@ import transformers
 from helpers import draw_weights, tiny_model
 from nemotron_h import NemotronHForCausalLM, verification
 from nemotron_h.errors import InputError, UnsupportedError
-from nemotron_h.ops import norm, ssd
+from nemotron_h.ops import mamba_step, norm, ssd
 from nemotron_h.verification import verify
 
 QUICK = ("--max-tokens", "12")
@@ -85,6 +85,7 @@ def test_a_wrong_step_is_found(run, mute, monkeypatch):
     right = ssd._STEP.reference
     monkeypatch.setattr(ssd._STEP, "reference", lambda *args: tuple(t * 1.01 for t in right(*args)))
     monkeypatch.setattr(ssd._STEP, "native", ssd._STEP.reference)
+    monkeypatch.setattr(mamba_step._STEP, "refusal", lambda *args: "its parts are called one by one here")
     outcome = run("verify", mute, *QUICK)
     assert outcome.status == 1
     assert "NOT VERIFIED" in outcome.out

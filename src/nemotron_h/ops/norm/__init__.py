@@ -8,7 +8,7 @@ from torch import Tensor
 from nemotron_h.ops import dispatch
 from nemotron_h.ops.norm import native, reference
 
-_RMS_NORM = dispatch.register("rms_norm", reference.rms_norm, native.rms_norm, native.refusal, slack=0.5)
+_RMS_NORM = dispatch.register("rms_norm", reference.rms_norm, native.rms_norm, native.refusal, slack=2.0)
 _GATED_RMS_NORM = dispatch.register(
     "gated_rms_norm", reference.gated_rms_norm, native.gated_rms_norm, native.gated_refusal, slack=1.0
 )
