@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nemotron_h.errors import InputError, UnsupportedError
+from nemotron_h.errors import InputError
 
 if TYPE_CHECKING:
     from nemotron_h.generation import LLM
@@ -29,7 +29,10 @@ Adapter = Annotated[str | None, typer.Option(help="Directory or hub id of a LoRA
 MergeAdapter = Annotated[
     bool, typer.Option("--merge-adapter", help="Put --adapter into the weights: faster, from a longer start.")
 ]
-Quantization = Annotated[str | None, typer.Option(help="Not in this version.")]
+Quantization = Annotated[
+    str | None, typer.Option(metavar="FORMAT", help="Pack the weights while they are read: int8 or int4.")
+]
+FORMATS = ("int8", "int4")
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -40,11 +43,9 @@ def check_dtype(dtype: str, allow_auto: bool = True) -> None:
         raise InputError(f"--dtype {dtype}: must be one of {', '.join(allowed)}")
 
 
-def refuse_later(**options: str | None) -> None:
-    """Options that the interface has and this version does not."""
-    for name, value in options.items():
-        if value is not None:
-            raise UnsupportedError(f"--{name} {value}: not in this version; leave it out")
+def check_quantization(quantization: str | None) -> None:
+    if quantization is not None and quantization not in FORMATS:
+        raise InputError(f"--quantization {quantization}: must be {' or '.join(FORMATS)}")
 
 
 ADAPTER = "adapter"
@@ -57,6 +58,7 @@ def load(
     threads: int | None,
     adapter: str | None = None,
     merge: bool = False,
+    quantization: str | None = None,
 ) -> LLM:
     """A model ready to write. Raises as `LLM`; `InputError` for a device that does not exist here.
 
@@ -73,7 +75,7 @@ def load(
     if not usable:
         raise InputError(f"--device {device}: it holds no values")
     adapters = None if adapter is None else {ADAPTER: adapter}
-    llm = LLM(path, dtype=dtype, device=device, threads=threads, **given(adapters=adapters))
+    llm = LLM(path, dtype=dtype, device=device, threads=threads, **given(adapters=adapters, quantization=quantization))
     if merge:
         llm.merge_adapter(ADAPTER)
     return llm

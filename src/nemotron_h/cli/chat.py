@@ -12,7 +12,7 @@ import typer
 
 from nemotron_h.cli import _interrupts, _options
 from nemotron_h.cli._models import weights
-from nemotron_h.cli._options import adapter_name, check_dtype, check_text, load, refuse_later
+from nemotron_h.cli._options import adapter_name, check_dtype, check_quantization, check_text, load
 from nemotron_h.cli._output import note, print_json, styled
 from nemotron_h.errors import InputError, NemotronHError
 
@@ -54,7 +54,7 @@ def command(
     Reasoning is dimmed on a terminal and stands between <think> and </think> elsewhere. Piped input works, a line is a
     turn. With --json answers go to stderr and the whole conversation is printed at the end. /help lists the commands.
     """
-    refuse_later(quantization=quantization)
+    check_quantization(quantization)
     check_dtype(dtype)
     name = adapter_name(adapter, merge_adapter)
     path = weights(model)
@@ -64,7 +64,7 @@ def command(
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, adapter=name
     )
-    llm = load(path, dtype, device, threads, adapter, merge_adapter)
+    llm = load(path, dtype, device, threads, adapter, merge_adapter, quantization)
     chat = Chat(llm, params, thinking, sys.stderr if as_json else sys.stdout)
     chat.set_system(system or "")
     interactive = sys.stdin is not None and sys.stdin.isatty()

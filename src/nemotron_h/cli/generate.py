@@ -11,7 +11,7 @@ import typer
 
 from nemotron_h.cli import _options
 from nemotron_h.cli._models import weights
-from nemotron_h.cli._options import adapter_name, check_dtype, check_text, load, refuse_later
+from nemotron_h.cli._options import adapter_name, check_dtype, check_quantization, check_text, load
 from nemotron_h.cli._output import note, print_json
 from nemotron_h.errors import InputError
 
@@ -45,7 +45,7 @@ def command(
     MODEL is a checkpoint directory or a hub id; with one argument, the prompt, the shipped model writes. PROMPT `-` is
     read from stdin. Without a tokenizer token ids are printed.
     """
-    refuse_later(quantization=quantization)
+    check_quantization(quantization)
     check_dtype(dtype)
     name = adapter_name(adapter, merge_adapter)
     model, prompt = _prompt(arguments or [], ids)
@@ -58,7 +58,7 @@ def command(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed,
         stop=stop or None, ignore_eos=ignore_eos, adapter=name,
     )  # fmt: skip
-    llm = load(path, dtype, device, threads, adapter, merge_adapter)
+    llm = load(path, dtype, device, threads, adapter, merge_adapter, quantization)
     loaded = time.perf_counter() - start
     events: list[Event] = []
     for event in llm.stream(prompt, params):

@@ -13,7 +13,7 @@ import typer
 from nemotron_h import family
 from nemotron_h.cli import _options
 from nemotron_h.cli._models import Shape, assignments, shape
-from nemotron_h.cli._options import check_dtype
+from nemotron_h.cli._options import check_dtype, check_quantization
 from nemotron_h.cli._output import note, print_json, size
 from nemotron_h.errors import InputError
 
@@ -43,8 +43,7 @@ def command(
     empty or not exist. There is no tokenizer in it: give prompts as --ids, or copy a tokenizer.json.
     """
     check_dtype(dtype, allow_auto=False)
-    if quantization not in (None, "int8", "int4"):
-        raise InputError(f"--quantization {quantization}: use int8 or int4")
+    check_quantization(quantization)
     if not 0 <= seed < 2**63:
         raise InputError(f"--seed {seed}: must be an integer from 0 to 2^63 - 1")
     fields = assignments(changes or [])

@@ -25,6 +25,7 @@ from nemotron_h.generation.params import SamplingParams
 from nemotron_h.generation.sampler import Sampler, top_logprobs
 from nemotron_h.generation.text import StopTexts, Text
 from nemotron_h.modeling import NemotronHForCausalLM
+from nemotron_h.quantization import is_packed
 
 Prompt = str | Sequence[int]
 
@@ -194,6 +195,11 @@ class LLM:
         other adapters are gone. Raises `InputError` for an unknown name."""
         self._check_adapter(name)
         assert self._adapters is not None
+        if is_packed(getattr(self.config, "quantization_config", None)):
+            raise UnsupportedError(
+                "merge_adapter: packed weights take no changes; merge the adapter into the plain checkpoint, save that,"
+                " and pack it while loading"
+            )
         self.model, self._adapters = self._adapters.merge(name), None
 
     @property
