@@ -158,7 +158,8 @@ print(peak() - before, kept)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     grown, kept = map(int, done.stdout.split()[-2:])
     assert kept > 90e6
-    assert grown <= 1.1 * kept + 8e6, (grown, kept)  # the slice that is widened, and what loading itself needs
+    # Measured: 10 to 29 MB, which do not grow with the model; the largest matrix in bfloat16 would be 61 MB.
+    assert grown <= 1.1 * kept + 32e6, (grown, kept)
 
 
 def small(tmp_path: Path) -> Path:

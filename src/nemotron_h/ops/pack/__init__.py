@@ -22,15 +22,19 @@ def pack_into(panels: Tensor, w_NK: Tensor, packing: Packing, where: str = "weig
     Raises:
         CheckpointError: `where` holds infinities or NaNs.
     """
-    step = max(16, SLICE // w_NK.shape[1] // 16 * 16)
+    elements = SLICE if _has_kernel() else SLICE // 16  # PyTorch needs some thirty intermediate results
+    step = max(16, elements // w_NK.shape[1] // 16 * 16)
     for first in range(0, w_NK.shape[0], step):
         part_NK = w_NK[first : first + step].detach()
         _pack(panels[first // 16 : (first + step) // 16], part_NK.to("cpu", torch.float32), packing, where)
 
 
+def _has_kernel() -> bool:
+    return _native.load() is not None and settings.current().impl != "reference"
+
+
 def _pack(panels: Tensor, w_NK: Tensor, packing: Packing, where: str) -> None:
-    use_kernel = _native.load() is not None and settings.current().impl != "reference" and panels.is_cpu
-    if use_kernel and panels.is_contiguous():
+    if _has_kernel() and panels.is_cpu and panels.is_contiguous():
         threads.sync()
         w_NK, (rows, cols) = w_NK.contiguous(), w_NK.shape
         finite = _native.kernels().pack(w_NK.data_ptr(), rows, cols, packing.code, panels.data_ptr())
