@@ -1,5 +1,5 @@
-"""These tests hold the C++ kernels; without the extension there is nothing to hold. test_native_build.py makes sure that
-a machine with a compiler has it."""
+"""Tests of the C++ kernels; without the extension there is nothing to hold. test_native_build.py makes sure
+that a machine with a compiler has it."""
 
 from nemotron_h.ops import _native
 
