@@ -277,6 +277,17 @@ inline void store(T* p, f32x16 a, size_t n) {
 // mask_at_least(a, bound): bit i says whether lane i of a reaches bound; NaN does not. where(mask, a): the lanes of the
 // mask, the others zero. compress(p, a, mask): the lanes of the mask side by side; p has room for sixteen.
 //
+// Up to sixteen elements: all of them where n is larger; n >= 1.
+template <typename T>
+inline f32x16 load_some(const T* p, size_t n) {
+    return n >= lanes ? load(p) : load(p, n);
+}
+template <typename T>
+inline void store_some(T* p, f32x16 a, size_t n) {
+    if (n >= lanes) store(p, a);
+    else store(p, a, n);
+}
+
 // max(a, b) and min(a, b) are b where either is NaN, as the x86 instruction has it: put the constant first.
 //
 // times_power(a, t): a · 2^n for t = n + 1.5·2^23, whose lowest bits are the integer n. Neither may leave the normal

@@ -27,15 +27,6 @@ struct Problem {
     Dtype weight_dtype, bias_dtype;
 };
 
-template <typename T>
-f32x16 load_some(const T* p, size_t n) {
-    return n >= lanes ? load(p) : load(p, n);
-}
-template <typename T>
-void store_some(T* p, f32x16 a, size_t n) {
-    if (n >= lanes) store(p, a);
-    else store(p, a, n);
-}
 
 f32x16 load_any(const void* p, Dtype dtype, size_t at, size_t n) {
     return dtype == Dtype::float32 ? load_some(static_cast<const float*>(p) + at, n)

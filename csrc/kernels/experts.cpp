@@ -61,11 +61,6 @@ void visit_experts(const void* data, size_t bytes, const Weights& shape, const V
     });
 }
 
-inline void put_rest(float* out, f32x16 y, size_t count) {
-    if (count >= lanes) store(out, y);
-    else store(out, y, count);
-}
-
 template <typename Out>
 void sum_visits(const float* y, const float* weights, size_t M, size_t k, size_t L, Out* out) {
     const size_t vectors = ceil_div(L, lanes);
@@ -75,8 +70,7 @@ void sum_visits(const float* y, const float* weights, size_t M, size_t k, size_t
             f32x16 acc = fill(0.0f);
             for (size_t j = 0; j < k; ++j)
                 acc = fma(fill(weights[m * k + j]), load_up_to(y + (m * k + j) * L + c, count), acc);
-            if (count >= lanes) store(out + m * L + c, acc);
-            else store(out + m * L + c, acc, count);
+            store_some(out + m * L + c, acc, count);
         }
     });
 }
@@ -110,12 +104,12 @@ bool experts(const void* x, Dtype x_dtype, size_t x_stride, size_t M, size_t k, 
     prepare_rows(x, x_dtype, x_stride, M, L, x_rows);
     visit_experts(up, up_bytes, up_shape, visits, x_rows, visits.token, [&](size_t visit, size_t expert, size_t n, f32x16 u) {
         if (up_bias != nullptr) u = add(u, load_up_to(up_bias + expert * F + n, F - n));
-        put_rest(h + visit * F + n, relu2(u), F - n);
+        store_some(h + visit * F + n, relu2(u), F - n);
     });
     prepare_rows(h, F, V, F, h_rows);
     visit_experts(down, down_bytes, down_shape, visits, h_rows, visits.order, [&](size_t visit, size_t expert, size_t n, f32x16 u) {
         if (down_bias != nullptr) u = add(u, load_up_to(down_bias + expert * L + n, L - n));
-        put_rest(y + visit * L + n, u, L - n);
+        store_some(y + visit * L + n, u, L - n);
     });
     if (out_dtype == Dtype::float32) sum_visits(y, weights, M, k, L, static_cast<float*>(out));
     else sum_visits(y, weights, M, k, L, static_cast<bf16*>(out));

@@ -18,11 +18,6 @@ constexpr size_t kept_channels = 4096;
 constexpr size_t small_call = 1 << 13;     // channels of a call that is not worth a second thread
 constexpr size_t block_channels = 1 << 11;  // handed out to a thread at a time
 
-template <typename T>
-f32x16 load_some(const T* p, size_t n) {
-    return n >= lanes ? load(p) : load(p, n);
-}
-
 template <typename Y, typename Z>
 f32x16 gated(const Y* y, const Z* z, size_t c, size_t n) {
     return mul(load_some(y + c, n), silu(load_some(z + c, n)));

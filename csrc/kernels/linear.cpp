@@ -19,12 +19,6 @@ inline f32x16 rounded(f32x16 y, Dtype dtype) {
     return load(narrow);
 }
 
-template <typename Out>
-inline void put(Out* out, f32x16 y, size_t count) {
-    if (count >= lanes) store(out, y);
-    else store(out, y, count);
-}
-
 }  // namespace
 
 void linear(const void* x, Dtype x_dtype, size_t x_stride, size_t M, const void* w, Format format, size_t w_stride,
@@ -45,8 +39,8 @@ void linear(const void* x, Dtype x_dtype, size_t x_stride, size_t M, const void*
                 if (activation == Activation::relu2) y = relu2(rounded(y, x_dtype));
                 if (out_dtype != x_dtype) y = rounded(y, x_dtype);
                 const size_t to = m * out_stride + n;
-                if (out_dtype == Dtype::float32) put(static_cast<float*>(out) + to, y, count);
-                else put(static_cast<bf16*>(out) + to, y, count);
+                if (out_dtype == Dtype::float32) store_some(static_cast<float*>(out) + to, y, count);
+                else store_some(static_cast<bf16*>(out) + to, y, count);
             });
         }
     });

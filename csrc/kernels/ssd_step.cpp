@@ -65,15 +65,6 @@ struct alignas(64) Head {
     bool streams;
 };
 
-template <typename T>
-f32x16 load_some(const T* p, size_t n) {
-    return n >= lanes ? load(p) : load(p, n);
-}
-template <typename T>
-void store_some(T* p, f32x16 a, size_t n) {
-    if (n >= lanes) store(p, a);
-    else store(p, a, n);
-}
 void put(float* p, f32x16 a, bool streams) {
     if (streams) stream(p, a);
     else store(p, a);

@@ -12,7 +12,7 @@ from torch import Tensor
 from helpers import assert_close, draw_ids, tiny_model
 from nemotron_h import NemotronHForCausalLM, NemotronHHybridDynamicCache
 from nemotron_h.cache import MambaLayer, NemotronHHybridStaticCache
-from nemotron_h.ops import _native
+from nemotron_h.ops import _native, dispatch
 
 PROMPT = 12
 IDS_SEED = 3
@@ -88,11 +88,14 @@ def test_the_same_as_the_reference(dtype: str, tokens: int, environment: Callabl
 
 
 @torch.no_grad()
-def test_check_agrees_with_every_step(environment: Callable[..., None]) -> None:
+def test_check_agrees_with_every_step(environment: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     environment(NEMOTRON_H_CHECK="1")
+    checked, check = [], dispatch._check
+    monkeypatch.setattr(dispatch, "_check", lambda op, *rest: checked.append(op.name) or check(op, *rest))
     for dtype in ("float32", "bfloat16"):
         model = tiny_model(hybrid_override_pattern="MEM", mamba_ssm_cache_dtype=dtype)
         step(model, filled(model, steps=2), 2, tokens=2)
+    assert checked.count("mamba_step") >= 6
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
