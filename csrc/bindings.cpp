@@ -10,6 +10,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "blocks.h"
+#include "guard.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -126,6 +128,10 @@ NB_MODULE(_native, m) {
         return experts_scratch(M, k, E, L, F, static_cast<Format>(format), static_cast<Arithmetic>(arithmetic));
     });
     m.def("advise_huge_pages", [](uintptr_t p, size_t bytes) { return advise_huge_pages(address<void>(p), bytes); });
+    m.def("mamba_block_scratch", [](uintptr_t b, size_t rows) { return block_scratch(*address<const MambaBlock>(b), rows); });
+    m.def("mlp_block_scratch", [](uintptr_t b, size_t rows) { return block_scratch(*address<const MlpBlock>(b), rows); });
+    m.def("moe_block_scratch", [](uintptr_t b, size_t rows) { return block_scratch(*address<const MoeBlock>(b), rows); });
+    bind_guard(m);
     nb::class_<Table> table(m, "Kernels", "The kernels of one level.");
     table.def(nb::init<const std::string&>(), nb::arg("level"))
         .def_prop_ro("level", &Table::level)
@@ -135,6 +141,9 @@ NB_MODULE(_native, m) {
     def_kernel<Gil::release>(table, "linear", &Kernels::linear);
     def_kernel<Gil::keep>(table, "decay_rate", &Kernels::decay_rate);
     def_kernel<Gil::release>(table, "mamba_step", &Kernels::mamba_step);
+    def_kernel<Gil::release>(table, "mamba_block", &Kernels::mamba_block);
+    def_kernel<Gil::release>(table, "mlp_block", &Kernels::mlp_block);
+    def_kernel<Gil::release>(table, "moe_block", &Kernels::moe_block);
     def_kernel<Gil::release>(table, "experts", &Kernels::experts);
     def_kernel<Gil::release>(table, "pack", &Kernels::pack);
     def_kernel<Gil::release>(table, "ssd_step", &Kernels::ssd_step);

@@ -12,10 +12,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "blocks.h"
+
 namespace nemotron_h {
 
 // Raised whenever a signature below changes; src/nemotron_h/ops/_native.py refuses a library with another number.
-constexpr int interface_version = 2;
+constexpr int interface_version = 3;
 
 // Totally ordered: a CPU that has one level has all the lower ones.
 enum class Level : int { generic = 0, avx2 = 1, avx512 = 2, amx = 3 };
@@ -141,6 +143,16 @@ using Sample = int64_t(const float* logits, size_t V, float temperature, size_t 
                        double u, float* scratch) noexcept;
 constexpr size_t sample_scratch(size_t V) { return 2 * V + 32; }
 
+// x + mixer(norm(x)) of whole blocks, for batch × T or `rows` rows of x, contiguous, at most 8: the kernels of their parts
+// one after the other, each rounding to x's dtype as it does by itself. Window, states and new_window: as in MambaStep.
+// scratch: block_scratch bytes. The router takes D = norm.size; ids that it chooses are always valid.
+using MambaBlockStep = void(const MambaBlock* block, const void* x, Dtype dtype, size_t batch, size_t T, const void* window,
+                            size_t window_batch, size_t window_channel, size_t window_step, const void* state,
+                            Dtype state_dtype, void* out_state, Dtype out_dtype, void* new_window, void* out,
+                            void* scratch) noexcept;
+using MlpBlockStep = void(const MlpBlock* block, const void* x, Dtype dtype, size_t rows, void* out, void* scratch) noexcept;
+using MoeBlockStep = void(const MoeBlock* block, const void* x, Dtype dtype, size_t rows, void* out, void* scratch) noexcept;
+
 // One line per kernel: its type and its name. The table, the declarations and isa.cpp follow from it.
 #define NEMOTRON_H_KERNELS(kernel)       \
     kernel(RmsNorm, rms_norm)            \
@@ -155,6 +167,9 @@ constexpr size_t sample_scratch(size_t V) { return 2 * V + 32; }
     kernel(TimeStep, time_step)          \
     kernel(DecayRate, decay_rate)        \
     kernel(MambaStep, mamba_step)        \
+    kernel(MambaBlockStep, mamba_block)  \
+    kernel(MlpBlockStep, mlp_block)      \
+    kernel(MoeBlockStep, moe_block)      \
     kernel(Attention, attention)
 
 struct Kernels {

@@ -15,7 +15,7 @@ from nemotron_h.errors import UnsupportedError
 from nemotron_h.ops.activations import activation as by_name
 from nemotron_h.ops.linear import linear, packed_linear
 from nemotron_h.ops.pack import empty_panels, pack_into
-from nemotron_h.points import watched
+from nemotron_h.points import untouched
 from nemotron_h.quantization import Packing, Scheme, unpack
 
 
@@ -24,6 +24,8 @@ class NemotronHLinear(nn.Linear):
 
     def forward(self, input: Tensor, activation: str = "identity", wide: bool = False) -> Tensor:
         return linear(input, self.weight, self.bias, activation, wide)
+
+    fused = forward
 
     def packed(self, scheme: Scheme) -> NemotronHPackedLinear:
         """A layer with these weights packed; on `meta`, one without values."""
@@ -56,6 +58,8 @@ class NemotronHPackedLinear(nn.Linear):
             input, self.weight, self.packing, self.out_features, self.bias, self.scheme.activations, activation, wide
         )
 
+    fused = forward
+
     def dequantized(self) -> Tensor:
         """float32 [N, K], exactly what the bytes mean."""
         return unpack(self.weight.data, self.packing, self.out_features, self.in_features)
@@ -86,9 +90,8 @@ def widened(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is ours, without hooks or another forward."""
-    ours = type(layer) is NemotronHLinear or type(layer) is NemotronHPackedLinear
-    return ours and not watched(layer) and "forward" not in layer.__dict__
+    """Whether a layer is ours and nobody would miss its call."""
+    return isinstance(layer, (NemotronHLinear, NemotronHPackedLinear)) and untouched(layer)
 
 
 def empty_packed(shape: tuple[int, ...], device: torch.device) -> nn.Parameter:

@@ -39,10 +39,11 @@ from nemotron_h.ops.pack import pack_into
 from nemotron_h.ops.router import Routing, route
 from nemotron_h.ops.ssd import decay_rate, ssd_in_two, time_step
 from nemotron_h.outputs import NemotronHCausalLMOutput, NemotronHModelOutput
-from nemotron_h.points import NemotronHPoint, hooked, in_slots, through, watched
+from nemotron_h.points import NemotronHPoint, hooked, in_slots, through, untouched
 from nemotron_h.pretrained import NemotronHPreTrainedModel
 from nemotron_h.quantization import Packing, Scheme
 from nemotron_h.state_dicts import take_experts
+from nemotron_h.steps import BlockStep
 
 
 class NemotronHRMSNorm(nn.Module):
@@ -56,6 +57,8 @@ class NemotronHRMSNorm(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         return rms_norm(x_BTD, self.weight, self.eps)
 
+    fused = forward
+
 
 class NemotronHGatedRMSNorm(nn.Module):
     """Gate first, then RMS norm over each group of channels."""
@@ -67,6 +70,8 @@ class NemotronHGatedRMSNorm(nn.Module):
 
     def forward(self, y_BTI: Tensor, z_BTI: Tensor) -> Tensor:
         return gated_rms_norm(y_BTI, z_BTI, self.weight, self.eps, self.n_groups)
+
+    fused = forward
 
 
 class NemotronHCausalConv1d(nn.Conv1d):
@@ -83,6 +88,8 @@ class NemotronHCausalConv1d(nn.Conv1d):
         return causal_conv1d(
             x_BTC, weight_CK, self.bias, self.act, window_BCW, lengths_B, seq_idx_BT, use_packages=self.use_packages
         )
+
+    fused = forward
 
 
 class NemotronHMamba2Mixer(nn.Module):
@@ -122,6 +129,8 @@ class NemotronHMamba2Mixer(nn.Module):
         if normed_BTI is None:
             normed_BTI = self._any_tokens(projected, layout, cache)
         return self.out_proj(normed_BTI)
+
+    fused, fused_step = forward, "mamba"
 
     def _any_tokens(self, projected: Tensor, layout: Layout, cache: caches.MambaLayer | None) -> Tensor:
         window_BCW, state_BHPN = (None, None) if cache is None else (cache.conv_states, cache.recurrent_states)
@@ -176,9 +185,7 @@ class NemotronHMamba2Mixer(nn.Module):
 
     def _is_watched(self) -> bool:
         """Whether a part that a fused op would skip has hooks, or is somebody's own."""
-        if type(self.conv1d) is not NemotronHCausalConv1d or type(self.norm) is not NemotronHGatedRMSNorm:
-            return True
-        if any(watched(part) or "forward" in part.__dict__ for part in (self.conv1d, self.norm)):
+        if not (untouched(self.conv1d) and untouched(self.norm)):
             return True
         points = (self.hook_z, self.hook_x, self.hook_B, self.hook_C, self.hook_dt, self.hook_y, self.hook_state)
         return any(map(hooked, points)) or self.norm.n_groups != self.n_groups
@@ -251,6 +258,8 @@ class NemotronHMLP(nn.Module):
             return self.down_proj(activated(self.up_proj, hidden_states, self.act))
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
 
+    fused, fused_step = forward, "mlp"
+
 
 class NemotronHTopkRouter(nn.Module):
     """Sigmoid router; its bias takes part in choosing experts only, and is moved by `update_bias`, not by gradients."""
@@ -284,6 +293,8 @@ class NemotronHTopkRouter(nn.Module):
             load_E = load(routing.experts, self.weight.shape[0], valid_M, dtype)
             self.load_E = load_E if self.load_E is None else self.load_E + load_E
         return routing
+
+    fused = forward
 
     @torch.no_grad()
     def update_bias(self, rate: float) -> None:
@@ -335,6 +346,8 @@ class NemotronHExperts(nn.Module):
             x_ML, experts_Mk, weights_Mk, self.up_proj, self.down_proj, self.act, self.up_proj_bias, self.down_proj_bias
         )
 
+    fused = forward
+
 
 class NemotronHPackedExperts(nn.Module):
     """Routed experts whose weights are packed: `up_proj` and `down_proj` hold bytes, uint8 [E, panels, bytes]."""
@@ -372,6 +385,8 @@ class NemotronHPackedExperts(nn.Module):
             self.up_proj_bias, self.down_proj_bias, self.scheme.activations,
         )  # fmt: skip
 
+    fused = forward
+
 
 class NemotronHMoE(nn.Module):
     """Routed experts, between two latent projections where the model has them, plus a shared expert."""
@@ -402,6 +417,8 @@ class NemotronHMoE(nn.Module):
         if layout.recorder is not None and layout.recorder.routings is not None:
             layout.recorder.routings[self.layer_idx] = routing
         return y_MD.view_as(hidden_states)
+
+    fused, fused_step = forward, "moe"
 
     def _seen(self, routing: Routing, tokens: int) -> Routing:
         """The routing by way of its named points, which show it by row: [B, T, k]."""
@@ -452,6 +469,7 @@ class NemotronHBlock(GradientCheckpointingLayer):
         self.layer_idx, self.block_type, self.dropout = layer_idx, sizes.block_type, config.hidden_dropout
         self.norm = NemotronHRMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = MIXERS[sizes.block_type](config, sizes, layer_idx)
+        self.step = BlockStep()
 
     def forward(
         self,
@@ -460,6 +478,9 @@ class NemotronHBlock(GradientCheckpointingLayer):
         past_key_values: NemotronHHybridDynamicCache | DepthCache | None = None,
     ) -> Tensor:
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        stepped = self.step(self, hidden_states, layout, cache)
+        if stepped is not None:
+            return stepped
         normed = self.norm(hidden_states).to(self.norm.weight.dtype)
         mixed = self.mixer(normed, layout, cache)
         return hidden_states + (F.dropout(mixed, self.dropout) if self.training else mixed)

@@ -17,6 +17,8 @@ class NemotronHPoint(nn.Identity):
     it is None, goes on in its place, and gradients flow through either.
     """
 
+    fused = nn.Identity.forward
+
 
 def watched(module: nn.Module) -> bool:
     """Whether hooks hang on a module. Global hooks do not count."""
@@ -24,6 +26,15 @@ def watched(module: nn.Module) -> bool:
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )  # fmt: skip
     return bool(hooks)
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether a module would do just what its class says by `fused = forward`: only then may a kernel do it instead.
+
+    A subclass does not inherit that; a method changed on the class, a `forward` of the module's own and hooks end it.
+    """
+    kind = type(module)
+    return kind.__dict__.get("fused") is kind.forward and "forward" not in module.__dict__ and not watched(module)
 
 
 def hooked(point: nn.Module) -> bool:
