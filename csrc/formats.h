@@ -1,7 +1,8 @@
 // How packed weights lie in memory. src/nemotron_h/quantization/layout.py holds the same sizes in Python.
 //
 // A matrix [rows, cols] is cut into panels of 16 output rows, because a product keeps one row in each of 16 lanes. Rows
-// are padded with zeros to 16 and columns to 64. A panel is one run of memory, read once from front to back:
+// are padded with zeros to 16 and columns to 64 (bfloat16: 32). A panel is one run of memory, read once from front to
+// back:
 //
 //   own int8, int4   16 row scales (float32, powers of two)
 //                    a code of one byte per row and 128 k: the block's scale, (1 + (c & 15)/16) · 2^((c >> 4) - 15)
@@ -11,8 +12,10 @@
 //   grouped int8/4   a scale (float16 or bfloat16) per row and group of 32, 64 or 128 k
 //                    perhaps a minimum (float32) per row and group
 //                    the values
+//   packed bfloat16  the values alone: of every 32 k a tile of 16 lines (1 KiB), line j the 16 rows' k = 2j and 2j + 1
+//                    side by side: a word per lane, and the order in which the matrix units take their tiles
 //
-// The values begin at a multiple of 64 bytes. Of 64 k: for every four k the 16 rows' four bytes (64 B); nibbles hold k 0-3 of
+// The integers begin at a multiple of 64 bytes. Of 64 k: for every four k the 16 rows' four bytes (64 B); nibbles hold k 0-3 of
 // eight in their low and k 4-7 in their high halves. Own int4 is w = row · block · ±multiplier · (nibble - 8): 4.22
 // bits. The sign lets the one value that -8 .. 7 has more on one side be on either: 5 % less error.
 #pragma once
@@ -25,6 +28,7 @@
 namespace nemotron_h {
 
 constexpr size_t panel_rows = 16, block_cols = 128, chunk_cols = 64, multiplier_cols = 32;
+constexpr size_t tile_cols = 32, tile_bytes = 1024;  // of packed bfloat16
 
 constexpr size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 constexpr size_t padded(size_t bytes) { return ceil_div(bytes, 64) * 64; }
@@ -36,6 +40,10 @@ struct PanelLayout {
     constexpr PanelLayout(Format format, size_t cols, size_t group)
         : chunks(ceil_div(cols, chunk_cols)), blocks(ceil_div(cols, block_cols)), scales(0), multipliers(0), signs(0),
           minimums(0), values(0), bytes(0) {
+        if (format == Format::packed_bf16) {
+            bytes = ceil_div(cols, tile_cols) * tile_bytes;
+            return;
+        }
         const bool four = format == Format::int4 || format == Format::grouped4 || format == Format::grouped4_min;
         const bool own = format == Format::int4 || format == Format::int8;
         const bool has_min = format == Format::grouped4_min || format == Format::grouped8_min;
@@ -61,7 +69,8 @@ struct PanelLayout {
 
 // Activations that meet these weights stay float32; otherwise they become int8 (kernels/activations.h).
 constexpr bool takes_float(Format format, Arithmetic arithmetic) {
-    return format == Format::float32 || format == Format::bfloat16 || arithmetic == Arithmetic::floating;
+    const bool integers = format != Format::float32 && format != Format::bfloat16 && format != Format::packed_bf16;
+    return !integers || arithmetic == Arithmetic::floating;
 }
 
 // Bytes for M rows of K activations: float32, or int8 with a scale per block of 128 and a sum per 32.

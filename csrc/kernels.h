@@ -28,6 +28,7 @@ enum class Dtype : int { float32 = 0, bfloat16 = 1 };
 // Of a weight matrix: plain rows in one of the dtypes, or packed (formats.h).
 enum class Format : int {
     float32 = 0, bfloat16 = 1, int8 = 2, int4 = 3, grouped8 = 4, grouped4 = 5, grouped8_min = 6, grouped4_min = 7,
+    packed_bf16 = 8,
 };
 enum class ScaleType : int { float16 = 0, bfloat16 = 1 };  // of grouped formats
 enum class Activation : int { none = 0, relu2 = 1 };
@@ -40,8 +41,9 @@ using RmsNorm = void(const void* x, const void* weight, void* out, size_t rows, 
 
 // out[m, n] = act(Σ_k x[m, k] · w[n, k] + bias[n]), the sum in float32, rounded to x's dtype before and after act, for M rows of x against an N × K matrix.
 // Plain weights (x has their dtype): two chains over the even and the odd k of each 32, from zero, then added to the sum,
-// which is how the matrix units add. Packed weights: activations become int8 with a scale per 128 k, blocks are summed
-// exactly and enter the sum by one fused multiply-add in the order of k; or, Arithmetic::floating, x stays float32.
+// which is how the matrix units add. Packed bfloat16 the same, with x in either dtype: the bits are those of plain rows.
+// Packed integers: activations become int8 with a scale per 128 k, blocks are summed exactly and enter the sum by one
+// fused multiply-add in the order of k; or, Arithmetic::floating, x stays float32.
 // w: plain rows at w_stride elements, or panels. x: rows at x_stride elements; out: rows at out_stride. bias may be null.
 // scratch: linear_scratch bytes, 64-byte aligned.
 using Linear = void(const void* x, Dtype x_dtype, size_t x_stride, size_t M, const void* w, Format format, size_t w_stride,
@@ -61,8 +63,9 @@ using Experts = bool(const void* x, Dtype x_dtype, size_t x_stride, size_t M, si
                      const float* up_bias, const float* down_bias, void* out, Dtype out_dtype, void* scratch) noexcept;
 size_t experts_scratch(size_t M, size_t k, size_t E, size_t L, size_t F, Format format, Arithmetic arithmetic) noexcept;
 
-// Packs rows [0, rows) of a float32 matrix (rows × cols, contiguous) into own int8 or int4 panels; rows beyond the last
-// are zero. Returns false, with the panels in no particular state, if a value is not finite.
+// Packs rows [0, rows) of a float32 matrix (rows × cols, contiguous) into own int8, int4 or bfloat16 panels (to the
+// nearest, ties to even); rows beyond the last are zero. Returns false, with the panels in no particular state, if a value
+// is not finite, or would not be in bfloat16.
 using Pack = bool(const float* w, size_t rows, size_t cols, Format format, void* panels) noexcept;
 
 // The recurrence of Mamba-2 over T ≤ 8 tokens for each of batch × H states of P × N: h = exp(dt·A)·h + (dt·x) ⊗ B,

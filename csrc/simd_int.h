@@ -79,59 +79,6 @@ inline f32x16 load_half(const uint16_t* p) {
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
-// Sixteen dwords of sixteen rows, transposed: out[i] holds dword i of every row. 64 shuffles, in four rounds that swap
-// single dwords, pairs, quarters and halves.
-inline void transpose(const void* const* rows, __m512i* out) {
-    __m512i a[16], b[16];
-    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows[i]);
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; ++i) {
-        out[i] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88);
-        out[i + 8] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd);
-        out[i + 4] = _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88);
-        out[i + 12] = _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd);
-    }
-}
-
-// Columns k..k+31 of sixteen rows: even[i] holds column k + 2i of every row, odd[i] column k + 2i + 1.
-inline void load_transposed(const bf16* const* rows, size_t k, f32x16* even, f32x16* odd) {
-    const void* at[16];
-    __m512i pairs[16];
-    for (int i = 0; i < 16; ++i) at[i] = rows[i] + k;
-    transpose(at, pairs);
-    for (int i = 0; i < 16; ++i) {
-        even[i] = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs[i], 16))};
-        odd[i] = {_mm512_castsi512_ps(_mm512_and_si512(pairs[i], _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
-    }
-}
-inline void load_transposed(const float* const* rows, size_t k, f32x16* even, f32x16* odd) {
-    const void* at[16];
-    __m512i columns[16];
-    for (int half = 0; half < 2; ++half) {
-        for (int i = 0; i < 16; ++i) at[i] = rows[i] + k + 16 * half;
-        transpose(at, columns);
-        for (int i = 0; i < 8; ++i) {
-            even[8 * half + i] = {_mm512_castsi512_ps(columns[2 * i])};
-            odd[8 * half + i] = {_mm512_castsi512_ps(columns[2 * i + 1])};
-        }
-    }
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 #elif defined(__AVX2__)
 
@@ -220,58 +167,6 @@ inline f32x16 load_half(const uint16_t* p) {
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-
-// Eight dwords of eight rows, transposed.
-inline void transpose(const void* const* rows, __m256i* out) {
-    __m256i a[8], b[8];
-    for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_si256(static_cast<const __m256i*>(rows[i]));
-    for (int i = 0; i < 8; i += 2) {
-        b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        out[i] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
-        out[i + 4] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
-    }
-}
-
-inline void load_transposed(const bf16* const* rows, size_t k, f32x16* even, f32x16* odd) {
-    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000));
-    for (int half = 0; half < 2; ++half) {
-        const void* at[8];
-        __m256i upper[8], lower[8];
-        for (int i = 0; i < 8; ++i) at[i] = rows[i] + k + 16 * half;
-        transpose(at, upper);
-        for (int i = 0; i < 8; ++i) at[i] = rows[i + 8] + k + 16 * half;
-        transpose(at, lower);
-        for (int i = 0; i < 8; ++i) {
-            even[8 * half + i] = {_mm256_castsi256_ps(_mm256_slli_epi32(upper[i], 16)),
-                                  _mm256_castsi256_ps(_mm256_slli_epi32(lower[i], 16))};
-            odd[8 * half + i] = {_mm256_castsi256_ps(_mm256_and_si256(upper[i], high)),
-                                 _mm256_castsi256_ps(_mm256_and_si256(lower[i], high))};
-        }
-    }
-}
-inline void load_transposed(const float* const* rows, size_t k, f32x16* even, f32x16* odd) {
-    for (int quarter = 0; quarter < 4; ++quarter) {
-        const void* at[8];
-        __m256i upper[8], lower[8];
-        for (int i = 0; i < 8; ++i) at[i] = rows[i] + k + 8 * quarter;
-        transpose(at, upper);
-        for (int i = 0; i < 8; ++i) at[i] = rows[i + 8] + k + 8 * quarter;
-        transpose(at, lower);
-        for (int i = 0; i < 4; ++i) {
-            even[4 * quarter + i] = {_mm256_castsi256_ps(upper[2 * i]), _mm256_castsi256_ps(lower[2 * i])};
-            odd[4 * quarter + i] = {_mm256_castsi256_ps(upper[2 * i + 1]), _mm256_castsi256_ps(lower[2 * i + 1])};
-        }
-    }
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 #else
@@ -426,19 +321,6 @@ inline f32x16 load_half(const uint16_t* p) {
 }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
-
-template <typename W>
-inline void load_transposed(const W* const* rows, size_t k, f32x16* even, f32x16* odd) {
-    for (size_t r = 0; r < lanes; ++r) {
-        const f32x16 first = load(rows[r] + k), second = load(rows[r] + k + lanes);
-        for (size_t i = 0; i < 8; ++i) {
-            even[i].v[r] = first.v[2 * i];
-            odd[i].v[r] = first.v[2 * i + 1];
-            even[i + 8].v[r] = second.v[2 * i];
-            odd[i + 8].v[r] = second.v[2 * i + 1];
-        }
-    }
-}
 
 #endif
 

@@ -169,6 +169,16 @@ def test_stored_weights(worker, subject):
     }  # fmt: skip
 
 
+def test_bfloat16_against_bfloat16(worker, subject):
+    """Packed or not, every engine reads two bytes a weight."""
+    report = run(dataclasses.replace(subject, quantization="bf16"), Options((0,), tokens=2, repeats=1, peers=PEERS))
+    formats = {row.engine: row.format for row in report.decode}
+    assert formats == {"nemotron-h": "bf16", "llama.cpp": "BF16", "transformers": "bfloat16"}
+    reads = {row.engine: row.bytes_per_token for row in report.decode}
+    expected = family.decode_reads(family.describe(subject.config), 16, 2, 0).total
+    assert reads["nemotron-h"] == reads["transformers"] == expected
+
+
 def test_packed_checkpoints_say_what_they_are(worker, subject):
     config = subject.config | {"quantization_config": {"quant_method": "nemotron_h", "format": "int8"}}
     report = run(Subject("dir", config, "/some/dir", None), Options((0,), tokens=2, repeats=1))

@@ -103,7 +103,7 @@ def run_worker(worker, **request):
     return loaded
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("quantization", [None, "bf16", "int8", "int4"])
 def test_our_worker(quantization, restored_threads):
     worker = ours_worker.Worker()
     loaded = run_worker(worker, path=None, quantization=quantization)

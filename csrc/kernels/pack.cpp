@@ -1,4 +1,4 @@
-// Packing: float32 rows to own int8 or int4 panels (formats.h), once, while a checkpoint is loaded.
+// Packing: float32 rows to own int8, int4 or bfloat16 panels (formats.h), once, while a checkpoint is loaded.
 //
 // int8: a block of 128 gets the smallest scale on the grid of codes that reaches max|w| / 127.
 // int4: a group of 32 has the step row · block · ±multiplier. The block's scale gives its largest group steps about
@@ -133,6 +133,23 @@ bool pack_row(const float* w, size_t cols, Format format, const PanelLayout& lay
     return true;
 }
 
+// One row of a bfloat16 panel, rounded to the nearest: words of two columns. Exact for weights that were bfloat16 before,
+// subnormal ones too, since nothing here is arithmetic on floats. False if a value is, or becomes, infinite or NaN.
+bool pack_bf16_row(const float* w, size_t cols, size_t row, size_t padded_cols, uint8_t* panel) {
+    uint32_t invalid = 0;
+    for (size_t k = 0; k < padded_cols; k += lanes) {
+        bf16 narrow[lanes];
+        store(narrow, load_up_to(w + k, cols > k ? cols - k : 0));
+        for (size_t i = 0; i < lanes; i += 2) {
+            const uint32_t low = narrow[i].bits, high = narrow[i + 1].bits;
+            invalid |= ((low & 0x7f80) == 0x7f80) | ((high & 0x7f80) == 0x7f80);
+            const uint32_t word = low | high << 16;
+            __builtin_memcpy(panel + (k + i) / 2 * 64 + 4 * row, &word, sizeof word);
+        }
+    }
+    return invalid == 0;
+}
+
 }  // namespace
 
 bool pack(const float* w, size_t rows, size_t cols, Format format, void* panels) noexcept {
@@ -146,7 +163,10 @@ bool pack(const float* w, size_t rows, size_t cols, Format format, void* panels)
             for (size_t r = 0; r < panel_rows; ++r) {
                 const size_t row = panel * panel_rows + r;
                 // A row beyond the last has no columns: it is packed as zeros.
-                const bool ok = pack_row(w + row * cols, row < rows ? cols : 0, format, layout, r, to);
+                const size_t count = row < rows ? cols : 0;
+                const bool ok = format == Format::packed_bf16
+                                    ? pack_bf16_row(w + row * cols, count, r, ceil_div(cols, tile_cols) * tile_cols, to)
+                                    : pack_row(w + row * cols, count, format, layout, r, to);
                 if (!ok) __atomic_store_n(&invalid, 1, __ATOMIC_RELAXED);
             }
         }

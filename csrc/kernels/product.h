@@ -4,6 +4,7 @@
 // whatever asks for it. Per byte of int4 weights a core has about 0.2 cycles per row before memory is no longer the bound.
 #pragma once
 
+#include "../simd_rows.h"
 #include "activations.h"
 
 namespace nemotron_h {
@@ -227,21 +228,52 @@ inline void grouped_panel_floating(const uint8_t* panel, const PanelLayout& layo
 // ---------------------------------------------------------------------------------------------------------------------
 // Plain rows. 16 rows of 32 k are loaded as they lie and transposed in registers, so that a lane is a row here as well:
 // the sum then can have the matrix unit's order (tdpbf16ps: for each 32 k an even and an odd chain from zero, their sum
-// added to the total), which no horizontal sum gives.
+// added to the total), which no horizontal sum gives. Reading sixteen streams and turning them costs half the bandwidth;
+// packed bfloat16 has both behind it.
 
 inline size_t clamped(size_t row, size_t rows) { return row < rows ? row : rows - 1; }
 
-// Columns k..k+31 of 16 rows; those beyond `left` columns are zero.
-template <typename W>
-inline void load_columns(const W* const* rows, size_t k, size_t left, f32x16* even, f32x16* odd) {
-    if (left >= 32) return load_transposed(rows, k, even, odd);
-    W tile[panel_rows][32] = {};
-    const W* copies[panel_rows];
-    for (size_t r = 0; r < panel_rows; ++r) {
-        for (size_t i = 0; i < left; ++i) tile[r][i] = rows[r][k + i];
-        copies[r] = tile[r];
+// The products of columns k and k + 1 of 16 rows, the even one in the low halves of the words.
+template <size_t M>
+inline void add_pair(f32x16 words, const RowPointers& x, size_t k, f32x16* even, f32x16* odd) {
+    const f32x16 first = first_half(words), second = second_half(words);
+    for (size_t m = 0; m < M; ++m) {
+        even[m] = fma(first, fill(x.wide[m][k]), even[m]);
+        odd[m] = fma(second, fill(x.wide[m][k + 1]), odd[m]);
     }
-    load_transposed(copies, 0, even, odd);
+}
+
+// Sixteen words of 16 rows, of which `left` bytes are there, transposed.
+template <typename W>
+inline void load_turned(const W* const* rows, size_t k, size_t left, f32x16 (&words)[lanes]) {
+    const size_t bytes = left * sizeof(W);
+    if (bytes >= 64) {
+        for (size_t r = 0; r < panel_rows; ++r) words[r] = load_words(rows[r] + k, 64);
+    } else {
+        for (size_t r = 0; r < panel_rows; ++r) words[r] = load_words(rows[r] + k, bytes);
+    }
+    transpose(words);
+}
+
+// Columns k..k+31 of 16 rows; those beyond `left` columns count as zero.
+template <size_t M>
+inline void add_columns(const bf16* const* rows, size_t k, size_t left, const RowPointers& x, f32x16* even, f32x16* odd) {
+    f32x16 words[lanes];
+    load_turned(rows, k, left, words);
+    for (size_t j = 0; j < lanes; ++j) add_pair<M>(words[j], x, k + 2 * j, even, odd);
+}
+template <size_t M>
+inline void add_columns(const float* const* rows, size_t k, size_t left, const RowPointers& x, f32x16* even, f32x16* odd) {
+    for (size_t half = 0; half < 32; half += lanes) {
+        f32x16 columns[lanes];
+        load_turned(rows, k + half, left > half ? left - half : 0, columns);
+        for (size_t j = 0; j < lanes; j += 2) {
+            for (size_t m = 0; m < M; ++m) {
+                even[m] = fma(columns[j], fill(x.wide[m][k + half + j]), even[m]);
+                odd[m] = fma(columns[j + 1], fill(x.wide[m][k + half + j + 1]), odd[m]);
+            }
+        }
+    }
 }
 
 template <size_t M, typename W>
@@ -249,19 +281,29 @@ inline void plain_panel(const W* first, size_t stride, size_t rows, size_t cols,
     const W* row[panel_rows];
     for (size_t r = 0; r < panel_rows; ++r) row[r] = first + clamped(r, rows) * stride;
     for (size_t m = 0; m < M; ++m) acc[m] = fill(0.0f);
-    for (size_t k = 0; k < cols; k += 32) {
+    for (size_t k = 0; k < cols; k += tile_cols) {
         for (size_t r = 0; r < panel_rows; ++r) prefetch(row[r] + k + read_ahead / 4 / sizeof(W));
-        f32x16 even[16], odd[16];
-        load_columns(row, k, cols - k, even, odd);
-        for (size_t m = 0; m < M; ++m) {
-            const float* at = x.wide[m] + k;
-            f32x16 e = fill(0.0f), o = fill(0.0f);
-            for (size_t p = 0; p < 16; ++p) {
-                e = fma(even[p], fill(at[2 * p]), e);
-                o = fma(odd[p], fill(at[2 * p + 1]), o);
-            }
-            acc[m] = add(acc[m], add(e, o));
+        f32x16 even[M], odd[M];
+        for (size_t m = 0; m < M; ++m) even[m] = odd[m] = fill(0.0f);
+        add_columns<M>(row, k, cols - k, x, even, odd);
+        for (size_t m = 0; m < M; ++m) acc[m] = add(acc[m], add(even[m], odd[m]));
+    }
+}
+
+// Packed bfloat16: the same products in the same order, so the same bits, without sixteen streams and their turning. The
+// chains of a tile do not wait for those of the tile before, so even for one row memory stays the bound.
+template <size_t M>
+inline void bf16_panel(const uint8_t* panel, size_t cols, const RowPointers& x, f32x16* acc) {
+    for (size_t m = 0; m < M; ++m) acc[m] = fill(0.0f);
+    for (size_t k = 0; k < cols; k += tile_cols, panel += tile_bytes) {
+        f32x16 even[M], odd[M];
+        for (size_t m = 0; m < M; ++m) even[m] = odd[m] = fill(0.0f);
+        for (size_t j = 0; j < tile_cols / 2; ++j) {
+            const uint8_t* line = panel + 64 * j;
+            prefetch(line + read_ahead);
+            add_pair<M>(load_words(line, 64), x, k + 2 * j, even, odd);
         }
+        for (size_t m = 0; m < M; ++m) acc[m] = add(acc[m], add(even[m], odd[m]));
     }
 }
 
@@ -290,6 +332,7 @@ inline void panel_product(const Weights& w, size_t panel, const RowPointers& x, 
             return wide ? grouped_panel_floating<M, false, true>(at, layout, g, t, x, acc) : grouped_panel<M, false, true>(at, layout, g, t, x, acc);
         case Format::grouped4_min:
             return wide ? grouped_panel_floating<M, true, true>(at, layout, g, t, x, acc) : grouped_panel<M, true, true>(at, layout, g, t, x, acc);
+        case Format::packed_bf16: return bf16_panel<M>(at, w.cols, x, acc);
         default: return;
     }
 }

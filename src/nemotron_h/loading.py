@@ -52,7 +52,7 @@ from nemotron_h.state_dicts import rename_to_native, tie_head
 
 Read = Callable[[str], Tensor]
 
-_QUANTIZING = "not in this version; quantization='int8' or 'int4' packs the weights while loading"
+_QUANTIZING = "not in this version; quantization='bf16', 'int8' or 'int4' packs the weights while loading"
 _PARALLEL = "tensor parallel loading is not in this version"
 _REFUSED = {
     "gguf_file": "GGUF files are not read by this version; convert the checkpoint to safetensors",
@@ -87,7 +87,7 @@ class Loading(PreTrainedModel):
             pretrained_model_name_or_path: Directory, or hub id (`revision`, `token`, `cache_dir`, offline as usual);
                 None with `config` and `state_dict`, whose tensors are copied.
             dtype: Default "auto", the checkpoint's.
-            quantization: "int8" or "int4" packs the weights while they are read, a few rows at a time.
+            quantization: "bf16", "int8" or "int4" packs the weights while they are read, a few rows at a time.
             mmap: Of a packed checkpoint: True maps its files, so that processes share them, False copies; None maps
                 where the system gives pages of 2 MiB, since smaller ones cost a third of the speed.
 

@@ -44,7 +44,7 @@ def random_model(config: NemotronHConfig, quantization: str | None, seed: int = 
     """A model with random weights, for measuring speed and memory: large matrices repeat a few drawn rows.
 
     Args:
-        quantization: "int8", "int4", or None for plain weights in `config.dtype` (default bfloat16).
+        quantization: "bf16", "int8", "int4", or None for plain weights in `config.dtype` (default bfloat16).
         seed: Equal seeds give equal weights.
     """
     config = copy.deepcopy(config)

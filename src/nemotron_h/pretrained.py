@@ -54,8 +54,8 @@ class NemotronHPreTrainedModel(Loading):
         super()._set_gradient_checkpointing(enable, func, **kwargs)
 
     def quantize(self, quantization: str | Mapping[str, Any] | Scheme) -> None:
-        """Pack the weights in place, module by module: "int8" or "int4". Raises `ConfigError` for anything else, or if
-        they are packed already."""
+        """Pack the weights in place, module by module: "bf16", "int8" or "int4". Raises `ConfigError` for another
+        name, or if they are packed already."""
         if is_packed(getattr(self.config, "quantization_config", None)):
             raise ConfigError("the weights are packed already; load the model without quantization to pack it anew")
         self.config.quantization_config = scheme(quantization).to_dict()

@@ -103,6 +103,7 @@ def test_what_is_measured(mute, config_file, tmp_path, monkeypatch):
     assert family.count(family.describe(slice_.config)).total > 1e9
     assert bench._subject("nemotron-h-4b", "none").quantization is None
     assert bench._subject(str(config_file), "int8").quantization == "int8"
+    assert bench._subject("nano-slice", "bf16").quantization == "bf16"
     stored = bench._subject(str(mute), None)
     assert (stored.path, stored.quantization) == (str(mute), None)
     assert bench._subject(None, None).path == str(demo.demo_model())
@@ -113,7 +114,7 @@ def test_what_is_measured(mute, config_file, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["nano-slize"], "nano-slize"),
-    (["nano-slice", "--quantization", "int3"], "--quantization int3: must be one of int4, int8, none"),
+    (["nano-slice", "--quantization", "int3"], "--quantization int3: must be one of int4, int8, bf16, none"),
     (["nano-slice", "--context", "0,many"], "--context 0,many"),
     (["nano-slice", "--context", "-1"], "--context -1"),
     (["nano-slice", "--peers", "vllm"], "--peers vllm"),

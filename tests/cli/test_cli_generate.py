@@ -155,7 +155,7 @@ def _copy(talker, tmp_path):
         (["MODEL", "a", "--device", "meta"], "--device meta"),
         (["MODEL", "a", "--threads", "0"], "threads=0"),
         (["MODEL", "a", "--adapter", "x"], "x"),
-        (["MODEL", "a", "--quantization", "int3"], "--quantization int3: must be int8 or int4"),
+        (["MODEL", "a", "--quantization", "int3"], "--quantization int3: must be one of bf16, int8, int4"),
         (["/no/such/model", "a"], "no such directory"),
         (["nemotron-h-8b", "a"], "nemotron-h init nemotron-h-8b DIR"),
         (["nemotron-9b", "a"], "did you mean the preset"),
@@ -218,7 +218,9 @@ def test_quantization_packs_while_loading(run, monkeypatch):
         NemotronHForCausalLM, "from_pretrained", lambda *a, **k: seen.append(k.get("quantization")) or right(*a, **k)
     )
     plain = run("generate", "Elizabeth", "--max-tokens", "8", "--temperature", "0")
-    packed = run("generate", "Elizabeth", "--max-tokens", "8", "--temperature", "0", "--quantization", "int4")
-    assert plain.status == packed.status == 0
-    assert packed.out.strip()
-    assert seen == [None, "int4"]
+    for name in ("bf16", "int4"):
+        packed = run("generate", "Elizabeth", "--max-tokens", "8", "--temperature", "0", "--quantization", name)
+        assert plain.status == packed.status == 0
+        assert packed.out.strip()
+        assert packed.out == plain.out or name != "bf16"
+    assert seen == [None, "bf16", "int4"]

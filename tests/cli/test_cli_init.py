@@ -15,6 +15,8 @@ from nemotron_h import NemotronHForCausalLM, family, initialization
 from nemotron_h.checkpoint.directory import open_directory
 from nemotron_h.checkpoint.safetensors import read_tensor
 from nemotron_h.initialization import initialize
+from nemotron_h.linears import packed_parameters
+from nemotron_h.quantization import unpack
 
 SMALL = {
     "vocab_size": 300, "hidden_size": 64, "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16,
@@ -46,6 +48,21 @@ def test_the_checkpoint_loads_and_has_every_tensor(init, tmp_path):
     assert sum(tensor.numel() for tensor in model.state_dict().values()) == outcome.json["parameters"]
     assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
     assert model.generation_config.eos_token_id == 2
+
+
+def test_packed_bfloat16_has_the_plain_ones_values(init, tmp_path):
+    assert init(tmp_path / "plain").status == 0
+    assert init(tmp_path / "packed", "--quantization", "bf16").status == 0
+    plain, packed = (NemotronHForCausalLM.from_pretrained(tmp_path / name) for name in ("plain", "packed"))
+    wanted, seen = plain.state_dict(), 0
+    for name, packing, shape in packed_parameters(packed):
+        assert packing.name == "bf16"
+        values = unpack(packed.state_dict()[name], packing, *shape[-2:])
+        assert torch.equal(values, wanted[name].float())
+        seen += 1
+    assert seen > 8
+    with torch.no_grad():
+        assert torch.equal(plain(torch.tensor([[1, 2, 3]])).logits, packed(torch.tensor([[1, 2, 3]])).logits)
 
 
 def test_the_config_has_both_spellings_and_transformers_reads_it(init, tmp_path):

@@ -339,11 +339,11 @@ def test_quantization_packs_a_checkpoint_and_never_the_callers_model(checkpoint:
     with pytest.raises(InputError, match=r"call model.quantize\('int4'\) first"):
         LLM(llm.model, quantization="int4")
     assert llm.model.dtype == next(iter(llm.model.parameters())).dtype
-    for name in ("int8", "int4"):
+    for name in ("bf16", "int8", "int4"):
         packed = LLM(checkpoint, quantization=name)
         assert packed.model.model.layers[0].mixer.in_proj.packing.name == name
         assert packed.generate(PROMPT, GREEDY)[0].token_ids == packed.generate(PROMPT, GREEDY)[0].token_ids
-    with pytest.raises(ConfigError, match="'int5' is not known: use int8, int4"):
+    with pytest.raises(ConfigError, match="'int5' is not known: use bf16, int8, int4"):
         LLM(checkpoint, quantization="int5")
 
 

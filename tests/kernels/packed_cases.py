@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nemotron_h.quantization import INT4, INT8, Packing, grouped, grouped_packing, pack
+from nemotron_h.quantization import BF16, INT4, INT8, Packing, grouped, grouped_packing, pack
 
 GROUPED = [
     grouped_packing(bits, group, dtype, has_min)
@@ -19,7 +19,7 @@ GROUPED = [
     for dtype in (torch.float16, torch.bfloat16)
     for has_min in (False, True)
 ]
-PACKINGS = [INT8, INT4, *GROUPED]
+PACKINGS = [BF16, INT8, INT4, *GROUPED]
 
 
 class Packed(NamedTuple):
@@ -32,10 +32,11 @@ class Packed(NamedTuple):
 
 
 def draw(packing: Packing, rows: int, cols: int, generator: torch.Generator) -> tuple[Packed, Tensor | None]:
-    """A random matrix, and the values that it must have (None for our own formats, which round)."""
+    """A random matrix, and the values that it must have (None for our own integers, which round)."""
     if packing.own:
         w_NK = torch.randn(rows, cols, generator=generator)
-        return Packed(pack(w_NK, packing), packing, rows, cols), None
+        w_NK = w_NK.bfloat16().float() if packing.floating else w_NK
+        return Packed(pack(w_NK, packing), packing, rows, cols), w_NK.double() if packing.floating else None
     unsigned = packing.has_min and packing.bits == 4
     low, high = (0, 16) if unsigned else (-(2 ** (packing.bits - 1)), 2 ** (packing.bits - 1))
     q_NK = torch.randint(low, high, (rows, cols), generator=generator)

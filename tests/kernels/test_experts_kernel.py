@@ -17,7 +17,7 @@ from torch import Tensor
 from nemotron_h.errors import InputError, KernelError
 from nemotron_h.ops import _native, dispatch, threads
 from nemotron_h.ops.moe import experts, native, packed_experts, reference
-from nemotron_h.quantization import INT4, Packing
+from nemotron_h.quantization import BF16, INT4, Packing, pack
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +86,25 @@ def test_plain_bits_and_budget(dtype: torch.dtype) -> None:
         assert torch.equal(experts(x, *args, impl="native"), result)
         with torch.no_grad():
             assert torch.equal(experts(x, *args), result)  # the default for few tokens
+
+
+@given(
+    seed=st.integers(0, 2**31), tokens=st.integers(1, 8), k=st.integers(1, 4), latent=st.sampled_from((16, 33, 80)),
+    width=st.sampled_from((24, 64, 113)), bias=st.booleans(), dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+)  # fmt: skip
+@settings(max_examples=30, deadline=None)
+def test_packed_bfloat16_has_the_bits_of_plain_rows(
+    seed: int, tokens: int, k: int, latent: int, width: int, bias: bool, dtype: torch.dtype
+) -> None:
+    generator, count = torch.Generator().manual_seed(seed), 5
+    up, down = (torch.randn(count, *s, generator=generator).bfloat16() / 6 for s in ((width, latent), (latent, width)))
+    biases = [torch.randn(count, n, generator=generator) if bias else None for n in (width, latent)]
+    x, (ids, weights) = torch.randn(tokens, latent, generator=generator).to(dtype), routing(tokens, k, count, generator)
+    expected = native.experts(x, ids, weights, up.to(dtype), down.to(dtype), "relu2", *biases)
+    panels = [torch.stack([pack(matrix, BF16) for matrix in stack]) for stack in (up, down)]
+    for level in _native.levels():
+        args = (x, ids, weights, *panels, BF16, width, "relu2", *biases, "int8")
+        assert torch.equal(native.packed_experts(*args, level=level), expected)
 
 
 def test_experts_in_any_order_and_twice() -> None:

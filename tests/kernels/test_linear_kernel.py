@@ -17,7 +17,7 @@ from torch import Tensor
 from nemotron_h.errors import KernelError
 from nemotron_h.ops import _native, dispatch, threads
 from nemotron_h.ops.linear import linear, native, packed_linear, reference
-from nemotron_h.quantization import INT4, INT8, Packing
+from nemotron_h.quantization import BF16, INT4, INT8, Packing, pack, unpack
 
 SIZES = (1, 7, 16, 31, 64, 80, 96, 113, 128, 129, 257, 300)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -107,9 +107,32 @@ def test_the_order_of_additions_is_the_matrix_units() -> None:
     result = native.linear(x.float(), w.float(), None)
     assert torch.equal(result[0], chained)
     assert torch.equal(native.linear(x, w, None)[0], chained.bfloat16())
+    assert torch.equal(native.packed_linear(x.float(), pack(w, BF16), BF16, 5, None, "int8")[0], chained)
 
 
-@pytest.mark.parametrize("packing", [INT8, INT4], ids=lambda p: p.name)
+@given(
+    seed=st.integers(0, 2**31), m=st.integers(1, 8), n=st.sampled_from(SIZES), k=st.sampled_from(SIZES),
+    dtype=st.sampled_from(DTYPES), bias=st.booleans(), tiny=st.booleans(), act=st.sampled_from(("identity", "relu2")),
+)  # fmt: skip
+@settings(max_examples=80, deadline=None)
+def test_packed_bfloat16_has_the_bits_of_plain_rows(
+    seed: int, m: int, n: int, k: int, dtype: torch.dtype, bias: bool, tiny: bool, act: str
+) -> None:
+    """In either dtype of x, at every level; `tiny`: with factors and products so small that they count as zero."""
+    generator = torch.Generator().manual_seed(seed)
+    x, w = rows(m, k, dtype, generator), torch.randn(n, k, generator=generator).bfloat16()
+    if tiny:
+        w = w * torch.exp2(-torch.randint(0, 133, (n, k), generator=generator)).bfloat16()
+        x = x * torch.exp2(-torch.randint(0, 133, (m, k), generator=generator)).to(dtype)
+    bias_N = torch.randn(n, generator=generator) if bias else None
+    expected = native.linear(x, w.to(dtype), bias_N, act)
+    panels = pack(w, BF16)
+    for level in _native.levels():
+        for arithmetic in ("int8", "float32"):
+            assert torch.equal(native.packed_linear(x, panels, BF16, n, bias_N, arithmetic, act, level=level), expected)
+
+
+@pytest.mark.parametrize("packing", [BF16, INT8, INT4], ids=lambda p: p.name)
 @pytest.mark.parametrize("level", _native.levels())
 def test_large_and_odd_sizes(packing: Packing, level: str) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -121,21 +144,22 @@ def test_large_and_odd_sizes(packing: Packing, level: str) -> None:
         assert_in_budget(result, reference.packed_linear(x, *args), reference.packed_linear(x.double(), *args), 8.0)
 
 
+@pytest.mark.parametrize("packing", [BF16, INT4], ids=lambda p: p.name)
 @pytest.mark.parametrize("level", _native.levels())
-def test_every_output_is_written_and_nothing_else(level: str) -> None:
+def test_every_output_is_written_and_nothing_else(level: str, packing: Packing) -> None:
     """Through the raw kernel: a poisoned output with a margin, for row counts around the register blocks."""
     generator = torch.Generator().manual_seed(1)
     for m in (1, 3, 4, 5, 8, 9, 17):
         for n in (1, 15, 16, 17, 40):
-            weight, _ = draw(INT4, n, 96, generator)
+            weight, _ = draw(packing, n, 96, generator)
             x, out = rows(m, 96, torch.float32, generator), torch.full((m, n + 3), torch.nan)
-            work = native.scratch(_native.extension().linear_scratch(m, 96, INT4.code, 0))
+            work = native.scratch(_native.extension().linear_scratch(m, 96, packing.code, 0))
             work.fill_(0x7F)
             _native.kernels(level).linear(
-                x.data_ptr(), 0, 96, m, weight.panels.data_ptr(), INT4.code, 0, n, 96, 0, 0, 0, 0, 0, 0,
+                x.data_ptr(), 0, 96, m, weight.panels.data_ptr(), packing.code, 0, n, 96, 0, 0, 0, 0, 0, 0,
                 out.data_ptr(), 0, n + 3, work.data_ptr(),
             )  # fmt: skip
-            assert torch.equal(out[:, :n], native.packed_linear(x, weight.panels, INT4, n, None, "int8"))
+            assert torch.equal(out[:, :n], native.packed_linear(x, weight.panels, packing, n, None, "int8"))
             assert out[:, n:].isnan().all()
 
 
@@ -157,16 +181,16 @@ def test_a_fused_activation_changes_no_bit(dtype: torch.dtype) -> None:
         packed_linear(x, weight.panels, INT8, 40, activation="silu", impl="native")
 
 
-@pytest.mark.parametrize("arithmetic", ["int8", "float32"])
-def test_what_is_not_finite_stays_visible(arithmetic: str) -> None:
-    weight, _ = draw(INT4, 20, 300, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("packing", "arithmetic"), [(BF16, "int8"), (INT4, "int8"), (INT4, "float32")])
+def test_what_is_not_finite_stays_visible(packing: Packing, arithmetic: str) -> None:
+    weight, _ = draw(packing, 20, 300, torch.Generator().manual_seed(0))
     for bad in (torch.nan, torch.inf, -torch.inf):
         x = torch.ones(3, 300)
         x[1, 200] = bad
-        result = packed_linear(x, weight.panels, INT4, 20, None, arithmetic)  # type: ignore[arg-type]
+        result = packed_linear(x, weight.panels, packing, 20, None, arithmetic)  # type: ignore[arg-type]
         assert result[[0, 2]].isfinite().all()
         assert not result[1].isfinite().any()
-        if arithmetic == "int8":
+        if arithmetic == "int8" and packing is INT4:
             assert result[1].isnan().all()
 
 
@@ -189,14 +213,13 @@ def test_rows_of_a_slice_and_any_leading_dimensions() -> None:
         assert expected.shape == (*x.shape[:-1], 24)
 
 
-def test_gradients_reach_x_as_through_the_weights() -> None:
-    weight, _ = draw(INT4, 5, 64, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("packing", [BF16, INT4], ids=lambda p: p.name)
+def test_gradients_reach_x_as_through_the_weights(packing: Packing) -> None:
+    weight, _ = draw(packing, 5, 64, torch.Generator().manual_seed(0))
     x = torch.randn(2, 64, requires_grad=True)
-    packed_linear(x, weight.panels, INT4, 5, arithmetic="int8").sum().backward()
-    from nemotron_h.quantization import unpack
-
+    packed_linear(x, weight.panels, packing, 5, arithmetic="int8").sum().backward()
     assert x.grad is not None
-    assert torch.allclose(x.grad, unpack(weight.panels, INT4, 5, 64).sum(0).expand(2, -1))
+    assert torch.allclose(x.grad, unpack(weight.panels, packing, 5, 64).sum(0).expand(2, -1))
 
 
 def test_refusals_and_misuse() -> None:

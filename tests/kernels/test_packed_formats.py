@@ -15,15 +15,18 @@ from torch import Tensor
 from nemotron_h.errors import CheckpointError, ConfigError, InputError
 from nemotron_h.ops import _native
 from nemotron_h.ops.pack import pack_into
-from nemotron_h.quantization import INT4, INT8, Packing, grouped, grouped_packing, own, pack, scheme, unpack
+from nemotron_h.quantization import BF16, INT4, INT8, Packing, grouped, grouped_packing, own, pack, scheme, unpack
 
-OURS = [INT8, INT4]
+OURS = [BF16, INT8, INT4]
 SIZES = (1, 15, 16, 17, 64, 80, 96, 129, 300)
 
 
-@given(packing=st.sampled_from(GROUPED), n=st.sampled_from(SIZES), k=st.sampled_from(SIZES), seed=st.integers(0, 2**31))
+@given(
+    packing=st.sampled_from([BF16, *GROUPED]), n=st.sampled_from(SIZES), k=st.sampled_from(SIZES),
+    seed=st.integers(0, 2**31),
+)  # fmt: skip
 @settings(max_examples=80, deadline=None)
-def test_foreign_weights_are_exact(packing: Packing, n: int, k: int, seed: int) -> None:
+def test_foreign_weights_and_bfloat16_are_exact(packing: Packing, n: int, k: int, seed: int) -> None:
     packed, values = draw(packing, n, k, torch.Generator().manual_seed(seed))
     assert values is not None
     unpacked = unpack(packed.panels, packing, n, k).double()
@@ -62,9 +65,9 @@ def test_sizes_are_the_kernels(packing: Packing) -> None:
 
 
 def test_bits_per_weight() -> None:
-    """Of the shapes of Nemotron 3 Nano: 4.25 bits or less, and 8.1."""
+    """Of the shapes of Nemotron 3 Nano: 4.25 bits or less, 8.1 and 16."""
     for rows, cols in ((10304, 2688), (2688, 4096), (1856, 2688), (2688, 1856), (131072, 2688)):
-        for packing, most in ((INT4, 4.25), (INT8, 8.1)):
+        for packing, most in ((INT4, 4.25), (INT8, 8.1), (BF16, 16)):
             panels, size = packing.shape(rows, cols)
             assert panels * size * 8 / (rows * cols) <= most
 
@@ -116,7 +119,7 @@ def test_zero_rows_and_columns_behind_the_last_are_zero() -> None:
     for packing in OURS:
         w = torch.randn(17, 70)
         w[3] = 0
-        unpacked = unpack(pack(w, packing), packing, 32, 128)
+        unpacked = unpack(pack(w, packing), packing, 32, 96 if packing.floating else 128)
         assert not unpacked[17:].any()
         assert not unpacked[:, 70:].any()
         assert not unpacked[3].any()
@@ -131,6 +134,51 @@ def test_weights_that_are_not_finite_are_refused(bad: float, monkeypatch: pytest
         pack_into(panels, w, INT4, "here")
     with pytest.raises(InputError, match="infinities or NaNs"):
         pack(w, INT4)
+
+
+@given(n=st.sampled_from(SIZES), k=st.sampled_from(SIZES), seed=st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_every_bfloat16_keeps_its_bits(n: int, k: int, seed: int) -> None:
+    """Zeros with their signs, subnormal numbers and the greatest ones among them."""
+    bits = torch.randint(-(2**15), 2**15, (n, k), generator=torch.Generator().manual_seed(seed)).short()
+    bits = torch.where(bits & 0x7F80 == 0x7F80, bits & 0x807F, bits)  # subnormal instead of infinite or NaN
+    w = bits.view(torch.bfloat16)
+    for level in _native.levels():
+        panels = torch.full(BF16.shape(n, k), 0x55, dtype=torch.uint8)
+        assert _native.kernels(level).pack(w.float().data_ptr(), n, k, BF16.code, panels.data_ptr())
+        assert torch.equal(panels, pack(w, BF16))
+        assert torch.equal(unpack(panels, BF16, n, k).view(torch.int32), bits.int() << 16)
+
+
+def test_float32_becomes_bfloat16_to_the_nearest_and_ties_to_even() -> None:
+    """Halfway between 1 and the next, to even below; between that and the next but one, to even above."""
+    step = 2.0**-7
+    w = torch.tensor([[1 + step / 2, 1 + 1.5 * step, 1 + step / 2 + 2.0**-20, -1 - step / 2, 1 + 0.49 * step]])
+    expected = torch.tensor([[1, 1 + 2 * step, 1 + step, -1, 1]])
+    panels = torch.zeros(BF16.shape(1, 5), dtype=torch.uint8)
+    pack_into(panels, w, BF16)
+    assert torch.equal(unpack(panels, BF16, 1, 5), expected)
+    assert torch.equal(unpack(pack(w, BF16), BF16, 1, 5), expected)
+
+
+def test_where_bfloat16_lies() -> None:
+    """Tiles of 32 columns; a line of a tile holds two columns of 16 rows, side by side."""
+    w = torch.randn(40, 70).bfloat16()
+    tiles = pack(w, BF16).view(torch.bfloat16).view(3, 3, 16, 16, 2)  # panel, tile, line, row, column of the pair
+    for row, col in ((0, 0), (1, 0), (0, 1), (15, 31), (16, 32), (39, 69), (20, 45)):
+        assert tiles[row // 16, col // 32, col % 32 // 2, row % 16, col % 2] == w[row, col]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3.4e38, -3.4e38])
+@pytest.mark.parametrize("at", [(0, 0), (18, 150), (7, 1), (19, 199)])
+def test_bfloat16_refuses_what_is_or_becomes_infinite(bad: float, at: tuple[int, int]) -> None:
+    w = torch.ones(20, 200)
+    w[at] = bad
+    panels = torch.zeros(BF16.shape(20, 200), dtype=torch.uint8)
+    with pytest.raises(CheckpointError, match="here holds infinities or NaNs, which bf16 has no values for"):
+        pack_into(panels, w, BF16, "here")
+    with pytest.raises(InputError, match="infinities or NaNs"):
+        pack(w, BF16)
 
 
 def test_pack_into_by_slices_is_one_packing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,9 +217,12 @@ def test_misuse() -> None:
 
 def test_schemes() -> None:
     assert scheme("int4").to_dict() == {"quant_method": "nemotron_h", "format": "int4", "activations": "int8"}
-    assert scheme(scheme("int8").to_dict()) == scheme("int8")
+    assert scheme("bf16").to_dict() == {"quant_method": "nemotron_h", "format": "bf16", "activations": "float32"}
+    for name in ("bf16", "int8"):
+        assert scheme(scheme(name).to_dict()) == scheme(name)
     for bad, message in (
-        ("int5", "'int5' is not known: use int8, int4"),
+        ("int5", "'int5' is not known: use bf16, int8, int4"),
+        ({"quant_method": "nemotron_h", "format": "bf16", "activations": "int8"}, "take activations as they are"),
         ({"quant_method": "nemotron_h", "format": "int4", "activations": "int4"}, "activations='int4'"),
         ({"quant_method": "nemotron_h", "format": "int4", "group": 32}, "must have the fields"),
         ({"quant_method": "awq"}, "must have the fields"),

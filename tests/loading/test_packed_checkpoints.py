@@ -33,7 +33,7 @@ def equal_states(a: nn.Module, b: nn.Module) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("quantization", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize(
     "overrides", [{}, {"mlp_bias": True, "num_nextn_predict_layers": 1}, {"moe_latent_size": None}]
 )
@@ -51,6 +51,8 @@ def test_while_loading_or_afterwards_saved_and_mapped(
         matrices = original[name] if len(shape) == 3 else original[name][None]
         expected = torch.stack([own.unpack(own.pack(w.float(), packing), packing, *shape[-2:]) for w in matrices])
         assert torch.equal(values.reshape(expected.shape), expected)
+        if quantization == "bf16":
+            assert torch.equal(values, original[name].float())
 
     packed.save_pretrained(tmp_path / "packed")
     with torch.no_grad():
@@ -61,6 +63,23 @@ def test_while_loading_or_afterwards_saved_and_mapped(
             assert torch.equal(again(IDS).logits, logits)
             assert again.config.quantization_config == packed.config.quantization_config
             assert "_mmap" not in again.config.to_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_bfloat16_decodes_the_plain_models_bits(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Of few tokens: for many, plain rows take PyTorch's products."""
+    directory = saved(tmp_path, mlp_bias=True)
+    plain = NemotronHForCausalLM.from_pretrained(directory, dtype=dtype)
+    packed = NemotronHForCausalLM.from_pretrained(directory, dtype=dtype, quantization="bf16")
+    assert packed.dtype == dtype
+    with torch.no_grad():
+        one, other = plain(IDS, use_cache=True), packed(IDS, use_cache=True)
+        assert torch.equal(one.logits, other.logits)
+        for token in (3, 8, 20):
+            ids = torch.tensor([[token]])
+            one = plain(ids, past_key_values=one.past_key_values, use_cache=True)
+            other = packed(ids, past_key_values=other.past_key_values, use_cache=True)
+            assert torch.equal(one.logits, other.logits)
 
 
 def test_what_is_packed_and_what_is_not(tmp_path: Path) -> None:
@@ -182,11 +201,11 @@ def test_damaged_and_contradicting_checkpoints(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps(bad))
         with pytest.raises(ConfigError, match=error):
             NemotronHForCausalLM.from_pretrained(tmp_path)
-    # Bytes of int4 read as int8: another shape.
-    other = config | {"quantization_config": config["quantization_config"] | {"format": "int8"}}
-    (tmp_path / "config.json").write_text(json.dumps(other))
-    with pytest.raises(CheckpointError, match="does not fit the model"):
-        NemotronHForCausalLM.from_pretrained(tmp_path)
+    for name in ("int8", "bf16"):  # bytes of int4 read as these: another shape
+        other = config | {"quantization_config": {"quant_method": "nemotron_h", "format": name}}
+        (tmp_path / "config.json").write_text(json.dumps(other))
+        with pytest.raises(CheckpointError, match="does not fit the model"):
+            NemotronHForCausalLM.from_pretrained(tmp_path)
     # The same weights without the entry: bytes are no floating weights.
     del config["quantization_config"]
     (tmp_path / "config.json").write_text(json.dumps(config))

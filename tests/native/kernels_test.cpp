@@ -306,7 +306,7 @@ struct Packing {
     Format format;
     double error;
 };
-const Packing packings[] = {{"int8", Format::int8, 0.02}, {"int4", Format::int4, 0.15}};
+const Packing packings[] = {{"bf16", Format::packed_bf16, 0.004}, {"int8", Format::int8, 0.02}, {"int4", Format::int4, 0.15}};
 
 Doubles product(const Values& x, const Values& w, size_t M, size_t N, size_t K) {
     Doubles out;

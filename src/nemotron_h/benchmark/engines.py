@@ -17,7 +17,7 @@ from nemotron_h.errors import InputError
 
 OURS, TRANSFORMERS, LLAMA_CPP = "nemotron-h", "transformers", llama_cpp.NAME
 PEERS = (LLAMA_CPP, TRANSFORMERS)
-FORMATS = ("int4", "int8", "none")
+FORMATS = ("int4", "int8", "bf16", "none")
 """`none`: the weights as they are stored, and bfloat16 for random ones."""
 
 
@@ -26,7 +26,7 @@ class Subject:
     """What is measured.
 
     config: Keyword arguments of its configuration. path: Directory or hub id of weights; None draws random ones.
-    quantization: "int4", "int8" or None.
+    quantization: "int4", "int8", "bf16" or None.
     """
 
     name: str

@@ -30,9 +30,9 @@ MergeAdapter = Annotated[
     bool, typer.Option("--merge-adapter", help="Put --adapter into the weights: faster, from a longer start.")
 ]
 Quantization = Annotated[
-    str | None, typer.Option(metavar="FORMAT", help="Pack the weights while they are read: int8 or int4.")
+    str | None, typer.Option(metavar="FORMAT", help="Pack the weights while they are read: bf16, int8 or int4.")
 ]
-FORMATS = ("int8", "int4")
+FORMATS = ("bf16", "int8", "int4")
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -45,7 +45,7 @@ def check_dtype(dtype: str, allow_auto: bool = True) -> None:
 
 def check_quantization(quantization: str | None) -> None:
     if quantization is not None and quantization not in FORMATS:
-        raise InputError(f"--quantization {quantization}: must be {' or '.join(FORMATS)}")
+        raise InputError(f"--quantization {quantization}: must be one of {', '.join(FORMATS)}")
 
 
 ADAPTER = "adapter"

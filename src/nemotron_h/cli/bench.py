@@ -22,7 +22,7 @@ def command(
         str | None, typer.Option(metavar="NAMES", help="Also measure llama.cpp, transformers; separated by commas.")
     ] = None,
     quantization: Annotated[
-        str | None, typer.Option(help="int4, int8 or none. Default: int4 for a SHAPE, none for a MODEL.")
+        str | None, typer.Option(help="int4, int8, bf16 or none. Default: int4 for a SHAPE, none for a MODEL.")
     ] = None,
     context: Annotated[
         str | None, typer.Option(metavar="N,N,...", help="Tokens before the measured ones. Default: 0,4096,16384.")

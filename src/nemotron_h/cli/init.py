@@ -32,7 +32,7 @@ def command(
     changes: _options.Set = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "bfloat16",
     quantization: Annotated[
-        str | None, typer.Option(metavar="FORMAT", help="Pack the weights: int8 or int4, ready to be mapped.")
+        str | None, typer.Option(metavar="FORMAT", help="Pack the weights: bf16, int8 or int4, ready to be mapped.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal weights.")] = 0,
     json: _options.Json = False,

@@ -16,8 +16,10 @@ from nemotron_h.errors import UnsupportedError
 from nemotron_h.family import rules, spelling
 from nemotron_h.family.blocks import BLOCKS, Shapes
 
-DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1.0078125, "int4": 0.52734375}
-"""Bytes per weight; the packed formats include their scales (int8: 8.5 bit, int4: 4.25 bit)."""
+DTYPE_BYTES = {
+    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "bf16": 2, "int8": 1.0078125, "int4": 0.52734375,
+}  # fmt: skip
+"""Bytes per weight; bf16, int8 and int4 are the packed formats, scales included."""
 
 
 @dataclass(frozen=True)

@@ -130,8 +130,8 @@ class LLM:
         adapters: Adapters side by side, name to directory or hub id; a request chooses one by
             `SamplingParams(adapter=name)`, and without it the model writes as it would without adapters. A model given
             as an object is wrapped in place, its weights frozen (`load_adapter`).
-        quantization: "int8" or "int4" packs the weights of a checkpoint while they are read; None takes them as they
-            are, packed ones included. A model in memory has `model.quantize("int4")`.
+        quantization: "bf16", "int8" or "int4" packs the weights of a checkpoint while they are read; None takes them as
+            they are, packed ones included. A model in memory has `model.quantize("int4")`.
         speculative: Not in this version (`UnsupportedError`).
         max_num_seqs, prefix_cache, num_speculative_tokens: Accepted; this engine runs one sequence at a time, without.
 

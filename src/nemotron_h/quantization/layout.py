@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from nemotron_h.errors import InputError
 
 ROWS, CHUNK, BLOCK, GROUP = 16, 64, 128, 32  # of a panel, values, a scale code, a multiplier
+TILE = 32  # columns of bf16 values
 _CODES = {  # csrc/kernels.h: Format
-    "int8": 2, "int4": 3, "grouped8": 4, "grouped4": 5, "grouped8_min": 6, "grouped4_min": 7,
+    "int8": 2, "int4": 3, "grouped8": 4, "grouped4": 5, "grouped8_min": 6, "grouped4_min": 7, "bf16": 8,
 }  # fmt: skip
 _PANEL_BYTES: dict[tuple[str, int, int], int] = {}  # asked for at every call of a kernel
 _SCALE_CODES = {torch.float16: 0, torch.bfloat16: 1}  # kernels.h: ScaleType
@@ -25,7 +26,7 @@ _SCALE_CODES = {torch.float16: 0, torch.bfloat16: 1}  # kernels.h: ScaleType
 class Packing:
     """A packed format.
 
-    name: "int8" and "int4" are the package's own; "grouped8" and "grouped4", with "_min" where each group has a
+    name: "bf16", "int8" and "int4" are the package's own; "grouped8" and "grouped4", with "_min" where each group has a
         minimum, hold the integers and scales of other tools.
     group: Columns that share a scale in a grouped format: 32, 64 or 128; 0 in our own.
     scale_dtype: Of a grouped format's scales: float16 or bfloat16.
@@ -37,11 +38,16 @@ class Packing:
 
     @property
     def bits(self) -> int:
-        return 4 if "4" in self.name else 8
+        return 16 if self.floating else 4 if "4" in self.name else 8
 
     @property
     def own(self) -> bool:
-        return self.name in ("int8", "int4")
+        return self.name in OWN
+
+    @property
+    def floating(self) -> bool:
+        """Whether values are floating: they have no scales, and meet activations as these are."""
+        return self.name == "bf16"
 
     @property
     def has_min(self) -> bool:
@@ -58,6 +64,8 @@ class Packing:
 
     def parts(self, cols: int) -> dict[str, tuple[int, int]]:
         """Where a panel's parts lie: name to (first byte, bytes)."""
+        if self.floating:
+            return {"values": (0, _ceil(cols, TILE) * TILE * ROWS * 2)}
         chunks, blocks = _ceil(cols, CHUNK), _ceil(cols, BLOCK)
         if self.own:
             sizes = {"row_scales": 4 * ROWS, "codes": blocks * ROWS}
@@ -83,8 +91,8 @@ class Packing:
         return _ceil(rows, ROWS), self.panel_bytes(cols)
 
 
-INT8, INT4 = Packing("int8"), Packing("int4")
-OWN = {"int8": INT8, "int4": INT4}
+BF16, INT8, INT4 = Packing("bf16"), Packing("int8"), Packing("int4")
+OWN = {"bf16": BF16, "int8": INT8, "int4": INT4}
 
 
 def grouped_packing(bits: int, group: int, scale_dtype: torch.dtype, has_min: bool) -> Packing:
@@ -114,9 +122,13 @@ def get_part(panels: Tensor, part: tuple[int, int], dtype: torch.dtype) -> Tenso
 
 
 def to_panels(values_NK: Tensor, bits: int) -> Tensor:
-    """int16 values (of 4 bits: 0..15) to the bytes of panels [n, bytes]; rows and columns are padded by the caller."""
-    quads = values_NK.unflatten(0, (-1, ROWS)).unflatten(2, (-1, 4))  # n, row, quad of k, k
+    """int16 values (of 4 bits: 0..15; of 16: bfloat16's bits) to the bytes of panels [n, bytes]; rows and columns are
+    padded by the caller."""
+    width = 2 if bits == 16 else 4
+    quads = values_NK.unflatten(0, (-1, ROWS)).unflatten(2, (-1, width))  # n, row, quad (or pair) of k, k
     quads = quads.transpose(1, 2)  # n, quad, row, k
+    if bits == 16:
+        return quads.contiguous().view(torch.uint8).flatten(1)
     if bits == 8:
         return quads.to(torch.int8).contiguous().view(torch.uint8).flatten(1)
     return (quads[:, 0::2] | quads[:, 1::2] << 4).to(torch.uint8).flatten(1)
@@ -124,7 +136,9 @@ def to_panels(values_NK: Tensor, bits: int) -> Tensor:
 
 def from_panels(bytes_nX: Tensor, bits: int) -> Tensor:
     """The inverse of `to_panels`: int16 values [16·n, padded K]."""
-    if bits == 8:
+    if bits == 16:
+        quads = bytes_nX.view(torch.int16).unflatten(1, (-1, ROWS, 2))
+    elif bits == 8:
         quads = bytes_nX.view(torch.int8).unflatten(1, (-1, ROWS, 4)).short()
     else:
         pairs = bytes_nX.unflatten(1, (-1, ROWS, 4)).short()

@@ -1,8 +1,8 @@
-"""Our own int8 and int4 in PyTorch, to the same bytes as csrc/kernels/pack.cpp, which says why.
+"""Our own bf16, int8 and int4 in PyTorch, to the same bytes as csrc/kernels/pack.cpp, which says why.
 
 int8: w = row · block · q, q in -127..127; int4: w = row · block · ±multiplier · q, q in -8..7. row is a power of two
 per row, block a code of one byte per 128 columns, `(1 + (c & 15)/16) · 2^((c >> 4) - 15)`, the multiplier 1..15 with
-its sign per 32 columns.
+its sign per 32 columns. bf16: w to the nearest, in another order.
 
 Letters: N rows · K columns, padded to whole blocks · n panels · b blocks · g groups of 32.
 """
@@ -17,6 +17,7 @@ from nemotron_h.quantization.layout import (
     CHUNK,
     GROUP,
     ROWS,
+    TILE,
     Packing,
     from_panels,
     get_part,
@@ -30,7 +31,9 @@ _BASE = 112 << 23  # the bits of code 0's value, 2^-15
 
 
 def pack(w_NK: Tensor, packing: Packing) -> Tensor:
-    """Panels [n, bytes] of finite float32 weights."""
+    """Panels [n, bytes] of finite weights, by way of float32."""
+    if packing.floating:
+        return to_panels(pad_to(bf16_bits(w_NK.float()), ROWS, TILE), packing.bits)
     rows, cols = w_NK.shape
     w_NK = pad_to(w_NK.float(), ROWS, BLOCK)
     w_NbX = w_NK.unflatten(1, (-1, BLOCK))
@@ -57,6 +60,8 @@ def pack(w_NK: Tensor, packing: Packing) -> Tensor:
 def unpack(panels: Tensor, packing: Packing, rows: int, cols: int) -> Tensor:
     """float32 [rows, cols], exactly what the bytes mean."""
     parts = packing.parts(cols)
+    if packing.floating:
+        return from_panels(panels, packing.bits).view(torch.bfloat16).float()[:rows, :cols]
     row_N = get_part(panels, parts["row_scales"], torch.float32).flatten()
     code_Nb = _by_row(get_part(panels, parts["codes"], torch.uint8))
     q_NK = from_panels(get_part(panels, parts["values"], torch.uint8), packing.bits).float()
@@ -68,6 +73,18 @@ def unpack(panels: Tensor, packing: Packing, rows: int, cols: int) -> Tensor:
         multiplier_Ng = torch.where(negative_Ng, -size_Ng, size_Ng)
         q_NK = (q_NK - 8) * multiplier_Ng.repeat_interleave(GROUP, dim=1)
     return (q_NK * scale_NK * row_N[:, None])[:rows, :cols]
+
+
+def bf16_bits(w: Tensor) -> Tensor:
+    """int16: float32 as bfloat16, to the nearest and ties to even. By integers: some instructions lose subnormals."""
+    bits = w.contiguous().view(torch.int32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).short()
+
+
+def holds(w: Tensor, packing: Packing) -> bool:
+    """Whether a format can hold these weights: no infinities or NaNs, before or, in bf16, after rounding."""
+    finite = bool(w.isfinite().all())
+    return finite and not (packing.floating and bool((bf16_bits(w.float()) & 0x7F80 == 0x7F80).any()))
 
 
 def code_values(code: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ class Scheme:
     """Every projection, the experts and an untied `lm_head` as `format`; embeddings, router, convolution, norms and MTP
     heads stay as they are.
 
-    format: "int8" or "int4".
-    activations: What meets the packed weights: "int8", rounded by blocks of 128, or "float32", exact and slower.
+    format: "bf16" (exact for bfloat16 weights), "int8" or "int4".
+    activations: What meets packed integers: "int8", rounded by blocks of 128, or "float32", exact and slower. With
+        bf16 always "float32": activations are taken as they are.
     """
 
     format: str
@@ -36,7 +37,7 @@ class Scheme:
 
 
 def scheme(quantization: str | Mapping[str, Any] | Scheme) -> Scheme:
-    """The scheme of a name ("int8", "int4") or of a `quantization_config`.
+    """The scheme of a name ("bf16", "int8", "int4") or of a `quantization_config`.
 
     Raises:
         ConfigError: an unknown name, or a config with other fields or values.
@@ -48,12 +49,15 @@ def scheme(quantization: str | Mapping[str, Any] | Scheme) -> Scheme:
     if set(quantization) - _FIELDS or quantization.get("quant_method") != METHOD:
         raise ConfigError(f"quantization_config must have the fields {', '.join(sorted(_FIELDS))}, got {quantization}")
     name = quantization.get("format")
-    activations: Any = quantization.get("activations", "int8")
     if name not in OWN:
         raise ConfigError(f"quantization {name!r} is not known: use {', '.join(OWN)}")
+    floating = OWN[name].floating
+    activations: Any = quantization.get("activations", "float32" if floating else "int8")
     if activations not in ARITHMETICS:
         raise ConfigError(f"activations={activations!r} is not known: use {', '.join(ARITHMETICS)}")
-    return Scheme(str(name), activations)
+    if floating and activations != "float32":
+        raise ConfigError(f"activations={activations!r}: {name} weights take activations as they are; leave it out")
+    return Scheme(name, activations)
 
 
 def is_packed(quantization: Any) -> bool:

@@ -14,10 +14,10 @@ from nemotron_h.quantization.layout import Packing
 
 
 def pack(w_NK: Tensor, packing: Packing) -> Tensor:
-    """Our own int8 or int4 of a matrix [N, K]: uint8 [n, bytes of a panel].
+    """Our own bf16, int8 or int4 of a matrix [N, K]: uint8 [n, bytes of a panel].
 
     Raises:
-        InputError: no matrix, no rows or columns, not floating or not finite; another tool's format.
+        InputError: no matrix, no rows or columns, not floating, not finite (after rounding); another tool's format.
     """
     if not packing.own:
         raise InputError(f"{packing.name} holds integers of other tools: use quantization.grouped.pack")
@@ -25,8 +25,8 @@ def pack(w_NK: Tensor, packing: Packing) -> Tensor:
         raise InputError(
             f"only float matrices with rows and columns are packed, got {list(w_NK.shape)} of {w_NK.dtype}"
         )
-    if not bool(w_NK.isfinite().all()):
-        raise InputError("the weights hold infinities or NaNs, which have no scale")
+    if not own.holds(w_NK, packing):
+        raise InputError(f"the weights hold infinities or NaNs, which {packing.name} has no values for")
     return own.pack(w_NK, packing)
 
 

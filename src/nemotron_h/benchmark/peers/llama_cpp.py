@@ -20,7 +20,7 @@ from nemotron_h.benchmark.process import run_python
 from nemotron_h.errors import MissingDependencyError, UnsupportedError
 
 NAME, PROGRAM = "llama.cpp", "llama_cpp_worker"
-ENCODINGS: dict[str | None, Encoding] = {"int4": Q4_0, "int8": Q8_0, None: BF16}
+ENCODINGS: dict[str | None, Encoding] = {"int4": Q4_0, "int8": Q8_0, "bf16": BF16, None: BF16}
 
 _STD = 0.02
 _CHUNK = 1 << 20  # blocks of random data, drawn once and used again and again

@@ -54,9 +54,10 @@ def packed_linear(
     """`act(x Wᵀ + bias)` with W [N, K] packed in uint8 [panels, bytes]; x [..., K] to [..., N] in x's dtype.
 
     Args:
-        arithmetic: "int8" rounds every 128 activations of a row to int8 with one scale, then adds exactly within them;
-            "float32" keeps the activations, several times slower. Gradients flow to x in both, as through the weights
-            that the bytes mean.
+        arithmetic: Of packed integers: "int8" rounds every 128 activations of a row to int8 with one scale, then adds
+            exactly within them; "float32" keeps the activations, several times slower. bf16 weights always take x as it
+            is, bfloat16 or float32, and add in the order of `linear`: for bfloat16 x its kernel's bits. Gradients flow
+            to x in all, as through the weights that the bytes mean.
         activation, wide: As in `linear`.
 
     Any number of rows; a row's bits depend on that row alone. Raises `KernelError` when `impl="native"` cannot run.

@@ -5,6 +5,8 @@ Letters: N output width · K input width · b blocks of 128 columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,8 +36,13 @@ def packed_linear(
         return _finished(x.new_empty(*x.shape[:-1], out_features), activation, wide)
     weight_NK = unpack(packed, packing, out_features, x.shape[-1]).to(dtype)
     exact = x.to(dtype)
-    y = F.linear(rounded(exact) if arithmetic == "int8" else exact, weight_NK)
+    y = F.linear(seen(packing, arithmetic)(exact), weight_NK)
     return _finished((y if bias_N is None else y + bias_N.to(dtype)).to(x.dtype), activation, wide)
+
+
+def seen(packing: Packing, arithmetic: str) -> Callable[[Tensor], Tensor]:
+    """What becomes of activations that meet packed weights."""
+    return rounded if arithmetic == "int8" and not packing.floating else lambda x: x
 
 
 def rounded(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemotron_h.ops.activations import activation as by_name
-from nemotron_h.ops.linear.reference import rounded
+from nemotron_h.ops.linear.reference import seen
 from nemotron_h.ops.moe.combine import weighted_sum
 from nemotron_h.ops.tracing import tracing
 from nemotron_h.quantization import Packing, unpack
@@ -43,13 +43,13 @@ def packed_experts(
     if up.is_meta:
         return torch.empty_like(x_ML)
     dtype, latent, act = torch.promote_types(x_ML.dtype, torch.float32), x_ML.shape[1], by_name(activation)
-    seen: Callable[[Tensor], Tensor] = rounded if arithmetic == "int8" else lambda x: x
-    wide_ML, biases = seen(x_ML.to(dtype)), [None if b is None else b.to(dtype) for b in (up_bias_EF, down_bias_EL)]
+    met = seen(packing, arithmetic)
+    wide_ML, biases = met(x_ML.to(dtype)), [None if b is None else b.to(dtype) for b in (up_bias_EF, down_bias_EL)]
     if tracing():
         up_EFL = unpack(up, packing, width, latent).to(dtype)
         down_ELF = unpack(down, packing, latent, width).to(dtype)
         y_ML = _all_at_once(
-            wide_ML, experts_Mk, weights_Mk, up_EFL, down_ELF, lambda h: seen(act(h)), biases[0], biases[1]
+            wide_ML, experts_Mk, weights_Mk, up_EFL, down_ELF, lambda h: met(act(h)), biases[0], biases[1]
         )
         return y_ML.to(x_ML.dtype)
     y_MkL = wide_ML.new_zeros(*experts_Mk.shape, latent)
@@ -57,7 +57,7 @@ def packed_experts(
         at = (experts_Mk == e).nonzero(as_tuple=True)
         up_bias_F, down_bias_L = (None if b is None else b[e] for b in biases)
         h_VF = F.linear(wide_ML[at[0]], unpack(up[e], packing, width, latent).to(dtype), up_bias_F)
-        y_VL = F.linear(seen(act(h_VF)), unpack(down[e], packing, latent, width).to(dtype), down_bias_L)
+        y_VL = F.linear(met(act(h_VF)), unpack(down[e], packing, latent, width).to(dtype), down_bias_L)
         y_MkL = y_MkL.index_put(at, y_VL)
     return weighted_sum(y_MkL.flatten(0, 1), weights_Mk).to(x_ML.dtype)
 

@@ -20,7 +20,7 @@ def pack_into(panels: Tensor, w_NK: Tensor, packing: Packing, where: str = "weig
     """Write a float matrix [N, K] into uint8 panels [n, bytes]. The kernel and PyTorch write the same bytes.
 
     Raises:
-        CheckpointError: `where` holds infinities or NaNs.
+        CheckpointError: `where` holds infinities or NaNs, or, in bf16, values that round to infinity.
     """
     elements = SLICE if _has_kernel() else SLICE // 16  # PyTorch needs some thirty intermediate results
     step = max(16, elements // w_NK.shape[1] // 16 * 16)
@@ -39,11 +39,13 @@ def _pack(panels: Tensor, w_NK: Tensor, packing: Packing, where: str) -> None:
         w_NK, (rows, cols) = w_NK.contiguous(), w_NK.shape
         finite = _native.kernels().pack(w_NK.data_ptr(), rows, cols, packing.code, panels.data_ptr())
     else:
-        finite = bool(w_NK.isfinite().all())
+        finite = own.holds(w_NK, packing)
         if finite:
             panels.copy_(own.pack(w_NK, packing))
     if not finite:
-        raise CheckpointError(f"{where} holds infinities or NaNs, which no scale can hold: the checkpoint is damaged")
+        raise CheckpointError(
+            f"{where} holds infinities or NaNs, which {packing.name} has no values for: the checkpoint is damaged"
+        )
 
 
 def empty_panels(shape: tuple[int, ...]) -> Tensor:
