@@ -15,9 +15,9 @@
 //   packed bfloat16  the values alone: of every 32 k a tile of 16 lines (1 KiB), line j the 16 rows' k = 2j and 2j + 1
 //                    side by side: a word per lane, and the order in which the matrix units take their tiles
 //
-// The integers begin at a multiple of 64 bytes. Of 64 k: for every four k the 16 rows' four bytes (64 B); nibbles hold k 0-3 of
-// eight in their low and k 4-7 in their high halves. Own int4 is w = row · block · ±multiplier · (nibble - 8): 4.22
-// bits. The sign lets the one value that -8 .. 7 has more on one side be on either: 5 % less error.
+// The values begin at a multiple of 64 bytes. Integers of 64 k: for every four k the 16 rows' four bytes (64 B); nibbles
+// hold k 0-3 of eight in their low and k 4-7 in their high halves. Own int4 is w = row · block · ±multiplier ·
+// (nibble - 8): 4.22 bits. The sign lets the one value that -8 .. 7 has more on one side be on either: 5 % less error.
 #pragma once
 
 #include <cstddef>

@@ -228,8 +228,8 @@ inline void grouped_panel_floating(const uint8_t* panel, const PanelLayout& layo
 // ---------------------------------------------------------------------------------------------------------------------
 // Plain rows. 16 rows of 32 k are loaded as they lie and transposed in registers, so that a lane is a row here as well:
 // the sum then can have the matrix unit's order (tdpbf16ps: for each 32 k an even and an odd chain from zero, their sum
-// added to the total), which no horizontal sum gives. Reading sixteen streams and turning them costs half the bandwidth;
-// packed bfloat16 has both behind it.
+// added to the total), which no horizontal sum gives. Reading sixteen streams and turning them costs a third of the
+// bandwidth; packed bfloat16 has both behind it.
 
 inline size_t clamped(size_t row, size_t rows) { return row < rows ? row : rows - 1; }
 

@@ -75,8 +75,9 @@ def test_packed_bits_and_budget(
 @settings(max_examples=120, deadline=None)
 def test_plain_bits_and_budget(seed: int, m: int, n: int, k: int, dtype: torch.dtype, bias: bool, offset: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    wide_NK = torch.randn(n, k + offset, generator=generator).to(dtype)
-    weight_NK = wide_NK[:, offset:]  # rows at a distance, at any alignment
+    wide_NK = torch.full((n, k + 2 * offset), torch.nan, dtype=dtype)
+    weight_NK = wide_NK[:, offset : k + offset]  # rows at a distance, at any alignment, between what must not be read
+    weight_NK.copy_(torch.randn(n, k, generator=generator))
     x, bias_N = rows(m, k, dtype, generator), torch.randn(n, generator=generator).to(dtype) if bias else None
     result = native.linear(x, weight_NK, bias_N, "identity", False, level="generic")
     high = reference.linear(
