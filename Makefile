@@ -12,7 +12,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/ker
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
-.PHONY: help demo test oldest campaign check sanitize aarch64 format clean
+.PHONY: help demo test oldest campaign check check-kernels sanitize aarch64 format clean
 
 help:
 	@echo "make demo      write some text with the model that ships with the package"
@@ -20,6 +20,7 @@ help:
 	@echo "make oldest    the tests of transformers' habits against the oldest transformers that we promise"
 	@echo "make campaign  the tests that take minutes"
 	@echo "make check     linters, types, import rules, file lengths, README's tree"
+	@echo "make check-kernels  the suites that run the model, the reference beside every kernel"
 	@echo "make sanitize  the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make aarch64   the kernels' generic level built for aarch64 and run under qemu (Debian's packages)"
 	@echo "make format    let ruff format and mend what it can"
@@ -45,6 +46,9 @@ check: $(INSTALLED_DEV)
 	$(BIN)/lint-imports
 	$(BIN)/python tools/budget.py
 	$(BIN)/python tools/readme_tree.py
+
+check-kernels: $(INSTALLED_DEV)
+	NEMOTRON_H_CHECK=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels tests/model tests/generation tests/hackable
 
 sanitize: $(INSTALLED_DEV)
 	$(PIP) install -q "scikit-build-core>=0.11" "nanobind>=2.4" cmake ninja

@@ -168,6 +168,28 @@ def test_check_catches_a_wrong_kernel(
     assert torch.equal(op(x), x * 2.00001)
 
 
+def test_check_forgives_rounding_where_terms_cancel_and_nothing_else(environment: SetEnvironment) -> None:
+    """The result is a thousandth of its terms, and the reference is exact by luck."""
+    op = dispatch.Op("sum", lambda x: x.sum(-1, keepdim=True), torch.neg, lambda x: None, slack=1.0)
+    environment(NEMOTRON_H_CHECK="1")
+    x = torch.tensor([[512.0, -511.0]])
+    rounding = 1.5e-5  # a quarter of float32's eps times 512
+    for error in (0.0, rounding, -rounding, 4 * rounding):
+        op.native = lambda x, error=error: x.sum(-1, keepdim=True) + error
+        op(x)
+    for error in (0.001, float("inf"), float("nan")):
+        op.native = lambda x, error=error: x.sum(-1, keepdim=True) + error
+        with pytest.raises(KernelError, match=r"sum: .* is off by"):
+            op(x)
+
+
+def test_sensitivity_is_one_rounding_of_every_input() -> None:
+    eps = torch.finfo(torch.float32).eps
+    x, w = torch.tensor([3.0, 4.0, float("nan")]), torch.tensor([1, 1, 1])
+    assert dispatch.sensitivity(lambda x, w: x * w, (x, w)) == pytest.approx(5 * eps, rel=1e-6)
+    assert dispatch.sensitivity(lambda x: x[:2].double() ** 2, (x,)) == pytest.approx(2 * eps * 337**0.5, rel=1e-6)
+
+
 def test_the_budget_counts_what_is_not_finite() -> None:
     low = torch.tensor([1.0, float("nan"), float("inf"), 2.0])
     assert dispatch.budget(low.clone(), low, low.double(), 1.0)[0] == 0.0

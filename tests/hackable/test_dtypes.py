@@ -106,7 +106,10 @@ def test_float64_throughout(run: Callable[..., None], training: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("run", RUNS)
-def test_never_float64_or_complex(run: Callable[..., None], dtype: torch.dtype) -> None:
+def test_never_float64_or_complex(
+    run: Callable[..., None], dtype: torch.dtype, environment: Callable[..., None]
+) -> None:
+    """`environment`: the checks of NEMOTRON_H_CHECK compute in float64."""
     seen = watched(tiny_model(**PATTERN).to(dtype), run)
     assert seen.floats() == {dtype, torch.float32}, seen.where
 

@@ -5,7 +5,7 @@ Letters: M rows · N output width · K input width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -248,6 +248,18 @@ def test_refusals_and_misuse() -> None:
     ):
         with pytest.raises(KernelError, match=message):
             linear(*args, impl="native")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_check_is_quiet_where_terms_cancel(dtype: torch.dtype, environment: Callable[..., None]) -> None:
+    """The last column takes back what the others add up to, so that only rounding is left of the product."""
+    environment(NEMOTRON_H_CHECK="1")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        x, weight = rows(1, 14, dtype, generator), rows(1, 14, dtype, generator)
+        x[:, -1] = 1
+        weight[:, -1] = -(x[:, :-1] @ weight[:, :-1].T)
+        linear(x, weight)
 
 
 def test_the_kernel_is_the_default_and_check_compares(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,6 +269,9 @@ def test_check_accepts_the_kernel_and_refuses_wrong_tokens(
     assert check.wrong((halves, 1.0, 0, 0.5, 0.0, 0.9), 1) is None
     assert check.wrong((torch.tensor([0.0, math.log(0.25)]), 1.0, 0, 1.0, 0.25, 0.9), 1) is None
     assert check.wrong((halves, 1.0, 0, 0.4, 0.0, 0.9), 1) == "chose token 1 where 0 is right"
+    # Weights that float32 cannot tell apart: the lower id stays. It can tell the next two apart.
+    assert check.wrong((torch.tensor([0.0, 1e-9]), 1.0, 0, 1e-9, 1.0, 0.5), 0) is None
+    assert check.wrong((torch.tensor([0.0, 1e-3]), 1.0, 0, 1e-9, 1.0, 0.5), 0) == "chose token 0 where 1 is right"
     for wrong, temperature in ((0, 1.0), (1, 0.0), (-1, 1.0), (2, 1.0)):
         monkeypatch.setattr(package._SAMPLE, "native", lambda *_, wrong=wrong: wrong)
         with pytest.raises(KernelError, match=rf"sample: native \w+ chose token {wrong} where . is right, for float32"):

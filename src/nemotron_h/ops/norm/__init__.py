@@ -8,9 +8,11 @@ from torch import Tensor
 from nemotron_h.ops import dispatch
 from nemotron_h.ops.norm import native, reference
 
+# Slack: half an eps for each rounding between a row's sum of squares and its elements, which all share one scale, so a
+# short row has no average to hide it. Plain: root, division, two products. Gated: sigmoid and gate besides.
 _RMS_NORM = dispatch.register("rms_norm", reference.rms_norm, native.rms_norm, native.refusal, slack=2.0)
 _GATED_RMS_NORM = dispatch.register(
-    "gated_rms_norm", reference.gated_rms_norm, native.gated_rms_norm, native.gated_refusal, slack=1.0
+    "gated_rms_norm", reference.gated_rms_norm, native.gated_rms_norm, native.gated_refusal, slack=3.0
 )
 
 

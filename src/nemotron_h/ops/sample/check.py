@@ -1,8 +1,9 @@
 """What NEMOTRON_H_CHECK=1 asks of a sampling kernel.
 
 A draw has no error that could be measured: where a sum meets its bound within float32's rounding, the next token is as
-right. So the token must be one that the reference draws in float64 for a u, top_p and min_p that lie as close to the
-given ones as rounding may bring them. Greedy choices must be the reference's.
+right. So the token must be one that the reference draws for a u, top_p and min_p that lie as close to the given ones as
+rounding may bring them: in float64, or in float32, where tokens may weigh the same that float64 can tell apart. Greedy
+choices must be float64's.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ ROUNDING = 1e-5
 
 def wrong(args: tuple[Any, ...], token: int) -> str | None:
     """What is wrong with the kernel's token; None when nothing is."""
-    logits_V, temperature, top_k, top_p, min_p, u = dispatch.in_float64(args)
-    expected = reference.sample(logits_V, temperature, top_k, top_p, min_p, u)
+    exact_V, temperature, top_k, top_p, min_p, u = dispatch.in_float64(args)
+    expected = reference.sample(exact_V, temperature, top_k, top_p, min_p, u)
     if token == expected:
         return None
     if token >= 0 and expected >= 0 and temperature > 0:
         factors = (1 - ROUNDING, 1.0, 1 + ROUNDING)
-        for p, least, at in product(_near(top_p, factors), _near(min_p, factors), (u - ROUNDING, u, u + ROUNDING)):
+        bounds = _near(top_p, factors), _near(min_p, factors), (u - ROUNDING, u, u + ROUNDING)
+        for logits_V, p, least, at in product((exact_V, args[0]), *bounds):
             if token == reference.sample(logits_V, temperature, top_k, p, least, min(max(at, 0.0), 1.0)):
                 return None
     return f"chose token {token} where {expected} is right"
