@@ -8,11 +8,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from packed_cases import draw
 
+from helpers import tiny_model
+from nemotron_h import NemotronHForCausalLM
 from nemotron_h.ops import _native, threads
 from nemotron_h.ops.linear import packed_linear
 from nemotron_h.quantization import INT4
@@ -109,15 +112,63 @@ sys.exit(os.waitstatus_to_exitcode(status))
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
 
 
+@pytest.fixture(scope="module")
+def model() -> NemotronHForCausalLM:
+    """All four block types, large enough that a step has regions of several blocks."""
+    sizes: dict[str, Any] = {
+        "hybrid_override_pattern": "ME*-", "hidden_size": 512, "intermediate_size": 2048, "head_dim": 64,
+        "mamba_num_heads": 16, "mamba_head_dim": 64, "moe_intermediate_size": 256, "vocab_size": 4096,
+    }  # fmt: skip
+    return tiny_model(**sizes).bfloat16()
+
+
+@torch.no_grad()
+def steps(model: NemotronHForCausalLM, threads: int, count: int = 10) -> float:
+    """Seconds of a decode step, after a few that start the threads."""
+    torch.set_num_threads(threads)
+    ids_BT, cache, start = torch.tensor([[1]]), None, 0.0
+    for step in range(count + 3):
+        if step == 3:
+            start = time.perf_counter()
+        cache = model(ids_BT, past_key_values=cache, use_cache=True).past_key_values
+    return (time.perf_counter() - start) / count
+
+
+def test_eight_threads_on_fewer_cores_take_no_longer_than_two(model: NemotronHForCausalLM) -> None:
+    """In turns, the least of several, and other load on the machine may spoil two of three measurements."""
+    ratios = []
+    for _ in range(3):
+        two, eight = zip(*((steps(model, 2), steps(model, 8)) for _ in range(5)), strict=True)
+        ratios.append(min(eight) / min(two))
+        if ratios[-1] <= 1.5:
+            return
+    raise AssertionError(f"eight threads take {min(ratios):.2f} times as long as two")
+
+
+def idle_share(seconds: float = 0.5) -> float:
+    """CPU time of all threads of this process, of a core."""
+    start, cpu = time.perf_counter(), time.process_time()
+    time.sleep(seconds)
+    return (time.process_time() - cpu) / (time.perf_counter() - start)
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_nothing_runs_a_second_after_the_last_step(model: NemotronHForCausalLM, count: int) -> None:
+    steps(model, count)
+    time.sleep(1)
+    assert idle_share() < 0.02
+
+
 def test_the_pool_sleeps_when_idle() -> None:
-    _native.extension().set_threads(2)
+    tasks = Path("/proc/self/task")
+    before = len(list(tasks.iterdir())) if tasks.exists() else 0
+    _native.extension().set_threads(7)  # a number that no other test has started
     threads._set = torch.get_num_threads()
     for _ in range(20):
         run()
+    assert not tasks.exists() or len(list(tasks.iterdir())) == before + 6
     time.sleep(0.05)
-    start, cpu = time.perf_counter(), time.process_time()
-    time.sleep(0.5)
-    assert (time.process_time() - cpu) / (time.perf_counter() - start) < 0.02
+    assert idle_share() < 0.02
 
 
 def test_subnormal_flags_are_given_back() -> None:
