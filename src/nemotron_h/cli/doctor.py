@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import sys
-import time
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from nemotron_h import __version__, demo
-from nemotron_h.cli import _options
+from nemotron_h.cli import _options, _pages
 from nemotron_h.cli._output import columns, note, print_json, size
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy")
@@ -26,7 +24,12 @@ _MEASURED_BYTES = 256 << 20
 
 
 def command(
-    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure the memory bandwidth.")] = True,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Measure the memory bandwidth, map a file of 64 MiB.")
+    ] = True,
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Map the files of this packed checkpoint instead.")
+    ] = None,
     json: _options.Json = False,
 ) -> None:
     """CPU features, threads, the implementation chosen for every op, versions, and what is missing."""
@@ -36,6 +39,7 @@ def command(
         "cpu": _cpu(),
         "threads": _threads(),
         "memory": _memory(measure),
+        "pages": _huge_pages(measure, model),
         "kernels": _kernels(),
         "ops": _ops(),
         "cuda": _cuda(),
@@ -90,17 +94,10 @@ def _tested(package: str) -> dict[str, Any] | None:
 
 
 def _cpu() -> dict[str, Any]:
+    from nemotron_h.benchmark import limits
     from nemotron_h.ops import _native
 
-    return {"model": _cpu_model(), "machine": platform.machine(), "features": _native.cpu_features()}
-
-
-def _cpu_model() -> str | None:
-    try:
-        found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        return platform.processor() or None
-    return found[1] if found else None
+    return {"model": limits.cpu_model(), "machine": platform.machine(), "features": _native.cpu_features()}
 
 
 def _threads() -> dict[str, Any]:
@@ -119,22 +116,20 @@ def _threads() -> dict[str, Any]:
 
 
 def _memory(measure: bool) -> dict[str, Any]:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"bytes": total, "read_bytes_per_second": _bandwidth() if measure else None}
+    from nemotron_h.benchmark import limits
+
+    speed = None
+    if measure:
+        meter = limits.ReadBandwidth(limits.allowed_cores(), _MEASURED_BYTES)
+        speed = max(meter.measure() for _ in range(5))
+        meter.close()
+    return {"bytes": limits.total_memory(), "read_bytes_per_second": speed}
 
 
-def _bandwidth() -> float:
-    """Bytes per second at which torch's threads read memory; the best of a few sums over more than the caches hold."""
-    import torch
-
-    values = torch.ones(_MEASURED_BYTES // 4)
-    best = float("inf")
-    deadline = time.perf_counter() + 0.5
-    while time.perf_counter() < deadline:
-        start = time.perf_counter()
-        values.sum()
-        best = min(best, time.perf_counter() - start)
-    return _MEASURED_BYTES / best
+def _huge_pages(measure: bool, model: Path | None) -> dict[str, Any] | None:
+    if model is not None:
+        return _pages.of_model(model)._asdict()
+    return _pages.of_machine()._asdict() if measure else None
 
 
 def _kernels() -> dict[str, Any]:
@@ -173,12 +168,13 @@ def _text(facts: dict[str, Any]) -> list[str]:
         f"platform      {versions['platform']}",
         f"packages      {_listed(versions['packages'])}",
         f"optional      {_listed(versions['optional'])}",
-        f"CPU           {cpu['model'] or cpu['machine']}",
+        f"CPU           {cpu['model']}",
         f"features      {features or 'unknown without the kernels'}",
         f"AMX           {_amx(cpu['features'])}",
         f"threads       torch {threads['torch']}, kernels {threads['kernels']}; CPUs {threads['cpus']},"
         f" allowed {threads['affinity']}, quota {quota}",
-        f"memory        {size(memory['bytes'])}" + (f", read at {size(speed)}/s by torch's threads" if speed else ""),
+        f"memory        {size(memory['bytes'])}" + (f", read at {size(speed)}/s by all cores" if speed else ""),
+        *_page_lines(facts["pages"]),
         f"CUDA          {'available' if facts['cuda']['available'] else 'not available'};"
         f" {_listed(facts['cuda']['packages'])}; {facts['cuda']['note']}",
         f"model         {facts['shipped_model']['path']}"
@@ -194,6 +190,22 @@ def _text(facts: dict[str, Any]) -> list[str]:
     lines.append(f"kernels       {kernels['missing'] or level}")
     rows = [["op", "runs", "because"]] + [[row["op"], row["chosen"], row["reason"]] for row in facts["ops"]]
     return [*lines, "", *columns(rows, numbers=False)]
+
+
+def _page_lines(pages: dict[str, Any] | None) -> list[str]:
+    if pages is None:
+        return []
+    shares = [
+        f"{100 * share:.0f} % of {what}"
+        for share, what in (
+            (pages["mapped_share"], f"a mapped file ({pages['file_system']}, {pages['path']})"),
+            (pages["anonymous_share"], "other memory"),
+        )
+        if share is not None
+    ]
+    why = pages["why"] and pages["why"] + (f": {pages['advice']}" if pages["advice"] else "")
+    texts = [text for text in (", ".join(shares), why) if text]
+    return [f"{name:<14}{text}" for name, text in zip(("huge pages", ""), texts, strict=False)]
 
 
 def _listed(found: dict[str, Any]) -> str:
