@@ -314,8 +314,13 @@ inline f32x16 exp(f32x16 x) {
 
 inline f32x16 sigmoid(f32x16 x) { return div(fill(1.0f), add(fill(1.0f), exp(sub(fill(0.0f), x)))); }
 
-// x · sigmoid(x) = x / (1 + exp(-x))
-inline f32x16 silu(f32x16 x) { return div(x, add(fill(1.0f), exp(sub(fill(0.0f), x)))); }
+// x · sigmoid(x) = x / (1 + exp(-x)). exp stops at 88.5, and -1e37 / exp(88.5) is far from zero: beyond, the divisor goes
+// on to infinity, which makes silu(-inf) NaN, as PyTorch has it.
+inline f32x16 silu(f32x16 x) {
+    const f32x16 minus = sub(fill(0.0f), x);
+    const f32x16 beyond = mul(max(fill(0.0f), sub(minus, fill(88.5f))), fill(3e38f));
+    return div(x, add(fill(1.0f), add(exp(minus), beyond)));
+}
 
 // relu(x)², NaN staying NaN.
 inline f32x16 relu2(f32x16 x) {

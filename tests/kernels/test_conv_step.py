@@ -22,6 +22,7 @@ from nemotron_h.ops import causal_conv1d as op
 from nemotron_h.ops import dispatch
 from nemotron_h.ops.causal_conv1d import causal_conv1d, native, reference
 
+NAN, INF = float("nan"), float("inf")
 Arguments = tuple[Any, ...]
 
 
@@ -84,6 +85,22 @@ def test_within_the_budget(
         error, allowed = dispatch.budget(out, low[0], high[0], op._CONV.slack)
         assert error <= allowed, level
         assert_bits((window,), (low[1],), level)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_of_any_number(dtype: torch.dtype) -> None:
+    """Far below zero it is zero, to the largest number there is, and NaN of minus infinity, as PyTorch has it."""
+    sizes = torch.cat([torch.logspace(-30, 38.5, 300), torch.linspace(80, 100, 300), torch.tensor([3.3e38, NAN, INF])])
+    x_C = torch.cat([sizes, -sizes]).to(dtype)
+    taps_CK = torch.tensor([[0.0, 1.0]], dtype=dtype).expand(len(x_C), 2).contiguous()
+    arguments = x_C[None, None], taps_CK, None, "silu", torch.zeros(1, len(x_C), 1, dtype=dtype), None, None
+    expected = torch.nn.functional.silu(x_C.double())
+    for level in LEVELS:
+        out = native.causal_conv1d(*arguments, level)[0][0, 0]
+        assert torch.equal(out.isnan(), expected.isnan())
+        torch.testing.assert_close(
+            out.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-36, equal_nan=True, msg=level
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
