@@ -147,6 +147,7 @@ NB_MODULE(_native, m) {
     def_kernel<Gil::release>(table, "experts", &Kernels::experts);
     def_kernel<Gil::release>(table, "pack", &Kernels::pack);
     def_kernel<Gil::release>(table, "ssd_step", &Kernels::ssd_step);
+    def_kernel<Gil::release>(table, "ssd_scan", &Kernels::ssd_scan);
     def_kernel<Gil::release>(table, "causal_conv1d", &Kernels::causal_conv1d);
     def_kernel<Gil::release>(table, "gated_rms_norm", &Kernels::gated_rms_norm);
     def_kernel<Gil::release>(table, "time_step", &Kernels::time_step);

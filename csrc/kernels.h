@@ -78,14 +78,24 @@ using SsdStep = void(const void* x, const float* dt, const float* A, const void*
                      size_t B_group, size_t C_batch, size_t C_token, size_t C_group, Dtype x_dtype, Dtype D_dtype,
                      Dtype state_dtype, Dtype out_dtype) noexcept;
 
+// The same recurrence over any number of tokens, in chunks; dt is 0 at padding. documents: [batch, T], or null: where
+// its number changes, the state starts from zero. N ≤ 256. out_state: [batch, H, P, N], contiguous, not `state`.
+using SsdScan = void(const void* x, const float* dt, const float* A, const void* B, const void* C, const void* D,
+                     const void* state, const int64_t* documents, float* out_state, float* y, size_t batch, size_t T,
+                     size_t H, size_t P, size_t G, size_t N, size_t x_batch, size_t x_token, size_t x_head,
+                     size_t B_batch, size_t B_token, size_t B_group, size_t C_batch, size_t C_token, size_t C_group,
+                     Dtype x_dtype, Dtype D_dtype, Dtype state_dtype) noexcept;
+
 // out[b, t, c] = silu(bias[c] + Σ_k weight[c, k] · x[b, t - (K-1) + k, c]), float32 inside, for K = 2 to 5. Inputs before the
 // first are the window's (element [b, c, k] at the strides given; null: zeros). x: rows of C contiguous channels.
-// weight: C × K, contiguous; bias may be null; out: [batch, T, C], contiguous. new_window: [batch, K-1, C], contiguous,
-// the last K-1 inputs. x, window, out and new_window have one dtype.
-using CausalConv1d = void(const void* x, const void* weight, const void* bias, const void* window, void* out,
-                          void* new_window, size_t batch, size_t T, size_t C, size_t K, size_t x_batch, size_t x_token,
-                          size_t window_batch, size_t window_channel, size_t window_step, Dtype x_dtype,
-                          Dtype weight_dtype, Dtype bias_dtype) noexcept;
+// weight: C × K, contiguous; bias may be null; out: [batch, T, C], contiguous. documents: [batch, T], or null: inputs of
+// another number than a token's own count as zero for it. new_window: [batch, K-1, C], contiguous, the last K-1 inputs,
+// of the first lengths[b] (null: all). x, window, out and new_window have one dtype.
+using CausalConv1d = void(const void* x, const void* weight, const void* bias, const void* window,
+                          const int64_t* lengths, const int64_t* documents, void* out, void* new_window, size_t batch,
+                          size_t T, size_t C, size_t K, size_t x_batch, size_t x_token, size_t window_batch,
+                          size_t window_channel, size_t window_step, Dtype x_dtype, Dtype weight_dtype,
+                          Dtype bias_dtype) noexcept;
 
 // u = y·silu(z); out = weight · u / sqrt(mean of u² over its group + eps), float32 inside, rounded once to z's dtype.
 // y, z: rows of groups × cols contiguous channels at one distance; weight: groups × cols; out: contiguous.
@@ -165,6 +175,7 @@ using MoeBlockStep = void(const MoeBlock* block, const void* x, Dtype dtype, siz
     kernel(Experts, experts)             \
     kernel(Pack, pack)                   \
     kernel(SsdStep, ssd_step)            \
+    kernel(SsdScan, ssd_scan)            \
     kernel(CausalConv1d, causal_conv1d)  \
     kernel(GatedRmsNorm, gated_rms_norm) \
     kernel(TimeStep, time_step)          \

@@ -23,7 +23,7 @@ void mamba_step(const void* projected, const void* conv_weight, const void* conv
     float* dt = reinterpret_cast<float*>(work += padded(rows * C * size));
     float* y = reinterpret_cast<float*>(work += padded(rows * H * sizeof(float)));
 
-    causal_conv1d(at(projected, inner), conv_weight, conv_bias, window, xBC, new_window, batch, T, C, K, T * row, row,
+    causal_conv1d(at(projected, inner), conv_weight, conv_bias, window, nullptr, nullptr, xBC, new_window, batch, T, C, K, T * row, row,
                   window_batch, window_channel, window_step, dtype, conv_dtype, bias_dtype);
     time_step(at(projected, inner + C), dt_bias, dt, batch, T, H, T * row, row, low, high, dtype, dt_bias_dtype);
     ssd_step(xBC, dt, A, at(xBC, inner), at(xBC, inner + G * N), D, state, out_state, y, batch, T, H, P, G, N, T * C, C,

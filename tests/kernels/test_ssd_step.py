@@ -16,7 +16,7 @@ from mamba_cases import DTYPES, LEVELS, assert_bits, kernel_threads, poisoned, p
 from torch import Tensor, nn
 
 from nemotron_h.errors import KernelError
-from nemotron_h.ops import dispatch
+from nemotron_h.ops import _native, dispatch
 from nemotron_h.ops import ssd as op
 from nemotron_h.ops.ssd import native, reference, ssd
 
@@ -283,7 +283,12 @@ def test_layouts_that_the_kernel_takes(layout: str) -> None:
 
 def test_which_form_runs(environment: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    for name, implementation in ((op._STEP, "native"), (op._STEP, "reference"), (op._CHUNK_SCAN, "reference")):
+    for name, implementation in (
+        (op._STEP, "native"),
+        (op._STEP, "reference"),
+        (op._CHUNK_SCAN, "native"),
+        (op._CHUNK_SCAN, "reference"),
+    ):
         right = getattr(name, implementation)
         label = f"{name.name} {implementation}"
         spy = lambda *args, right=right, label=label: (ran.append(label), right(*args))[1]  # noqa: E731
@@ -296,15 +301,16 @@ def test_which_form_runs(environment: Callable[..., None], monkeypatch: pytest.M
         return ran.pop()
 
     kernel, step, scan = "ssd_step native", "ssd_step reference", "ssd_chunk_scan reference"
-    assert [run(tokens) for tokens in (1, 2, 8, 9)] == [kernel, kernel, kernel, scan]
+    chunks = scan if _native.emulates() else "ssd_chunk_scan native"
+    assert [run(tokens) for tokens in (1, 2, 8, 9)] == [kernel, kernel, kernel, chunks]
     assert [run(tokens, "reference") for tokens in (1, 2, 9)] == [step, scan, scan]
     assert [run(tokens, "native") for tokens in (1, 8)] == [kernel, kernel]
-    with pytest.raises(KernelError, match=r"ssd_chunk_scan: .* no C"):
-        run(9, "native")
+    with pytest.raises(KernelError, match=r"ssd_chunk_scan: .* requires grad"):
+        run(9, "native", D=torch.ones(4, requires_grad=True))
     with pytest.raises(KernelError, match=r"ssd_step: .* requires grad"):
         run(4, "native", D=torch.ones(4, requires_grad=True))
     documents = torch.zeros(2, 3, dtype=torch.long)
-    assert [run(3, seq_idx=documents), run(1, seq_idx=documents[:, :1])] == [scan, kernel]
+    assert [run(3, seq_idx=documents), run(1, seq_idx=documents[:, :1])] == [chunks, kernel]
     trained = torch.ones(4, requires_grad=True)
     assert [run(1, D=trained), run(3, D=trained)] == [step, scan]
     environment(NEMOTRON_H_IMPL="reference")

@@ -168,8 +168,8 @@ void causal_conv1d() {
         const size_t T = 3, C = 45, K = 4;
         Values x(T * C, dtype), weight(C * K, dtype), bias(C, dtype), window(C * (K - 1), dtype);
         Output out(T * C, dtype), left((K - 1) * C, dtype);
-        kernels.causal_conv1d(x.data(), weight.data(), bias.data(), window.data(), out.data(), left.data(), 1, T, C, K,
-                              T * C, C, C * (K - 1), K - 1, 1, dtype, dtype, dtype);
+        kernels.causal_conv1d(x.data(), weight.data(), bias.data(), window.data(), nullptr, nullptr, out.data(),
+                              left.data(), 1, T, C, K, T * C, C, C * (K - 1), K - 1, 1, dtype, dtype, dtype);
         auto input = [&](size_t at, size_t c) { return at < K - 1 ? window[c * (K - 1) + at] : x[(at - K + 1) * C + c]; };
         Doubles expected, kept;
         for (size_t t = 0; t < T; ++t)

@@ -1,6 +1,7 @@
 """The C++ extension `nemotron_h._native`, loaded at the first use, and the kernel level in force."""
 
 import importlib
+import platform
 from functools import cache
 from types import ModuleType
 from typing import Protocol
@@ -94,6 +95,8 @@ class Kernels(Protocol):
     # In the order of csrc/kernels.h.
     def ssd_step(self, *arguments: int) -> None: ...
 
+    def ssd_scan(self, *arguments: int) -> None: ...
+
     def causal_conv1d(self, *arguments: int) -> None: ...
 
     def gated_rms_norm(self, *arguments: float) -> None: ...
@@ -149,6 +152,15 @@ def level() -> str:
     if asked not in available:
         raise KernelError(f"NEMOTRON_H_ISA={asked!r}: this CPU has {', '.join(available)}; use one or unset it.")
     return asked
+
+
+def emulates() -> bool:
+    """Whether the level in force does its fused multiply-adds in software. PyTorch is then faster at long products; the
+    kernels are still exact. Raises as `level`."""
+    return level() == "generic" and platform.machine() in ("x86_64", "AMD64")
+
+
+EMULATED = "at the generic level x86 has no fused multiply-add, and PyTorch is faster"
 
 
 def kernels(of_level: str | None = None) -> Kernels:

@@ -1,15 +1,15 @@
-"""Causal convolution of a few tokens by the C++ kernel (csrc/kernels/causal_conv1d.cpp): float32 and bfloat16 on the
-CPU, without grad.
+"""Causal convolution by the C++ kernel (csrc/kernels/causal_conv1d.cpp): float32 and bfloat16 on the CPU, without grad.
 
 Letters: B batch · T tokens · C channels · K taps.
 """
 
+import torch
 from torch import Tensor
 
 from nemotron_h.ops import _native, threads
 from nemotron_h.ops.dispatch import DTYPE_CODES, not_plain
 
-TOKENS = 8
+FEW = 8  # tokens up to which a level that emulates serves decoding all the same
 TAPS = (2, 3, 4, 5)  # csrc/kernels/causal_conv1d.cpp: with_taps
 
 
@@ -23,8 +23,6 @@ def refusal(
     seq_idx_BT: Tensor | None,
 ) -> str | None:
     """Why the kernel cannot take these arguments; None when it can."""
-    if lengths_B is not None or seq_idx_BT is not None:
-        return "the kernel knows neither padding nor packed documents"
     if activation not in ("silu", "swish"):
         return f"the kernel has silu only, not {activation}"
     tensors = [t for t in (x_BTC, weight_CK, bias_C, window_BCK) if t is not None]
@@ -36,18 +34,33 @@ def refusal(
             return f"the kernel takes float32 and bfloat16, not {tensor.dtype}"
     if window_BCK is not None and window_BCK.dtype != x_BTC.dtype:
         return f"the window is {window_BCK.dtype}, x is {x_BTC.dtype}"
-    return _wrong_shapes(x_BTC, weight_CK, bias_C, window_BCK)
+    reason = _wrong_shapes(x_BTC, weight_CK, bias_C, window_BCK) or _wrong_rows(x_BTC, lengths_B, seq_idx_BT)
+    if reason is None and x_BTC.shape[1] > FEW and _native.emulates():
+        return _native.EMULATED
+    return reason
+
+
+def _wrong_rows(x_BTC: Tensor, lengths_B: Tensor | None, seq_idx_BT: Tensor | None) -> str | None:
+    for name, tensor, dims in (("lengths", lengths_B, 1), ("seq_idx", seq_idx_BT, 2)):
+        if tensor is None:
+            continue
+        reason = not_plain(tensor)
+        if reason is not None:
+            return reason
+        if tensor.shape != x_BTC.shape[:dims] or tensor.dtype not in (torch.int64, torch.int32):
+            return f"{name} {tensor.dtype} {list(tensor.shape)} must be int64 {list(x_BTC.shape[:dims])}"
+    if lengths_B is not None and not 0 <= int(lengths_B.min()) <= int(lengths_B.max()) <= x_BTC.shape[1]:
+        return f"lengths must lie between 0 and the {x_BTC.shape[1]} tokens of x"
+    return None
 
 
 def _wrong_shapes(x_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, window_BCK: Tensor | None) -> str | None:
     if x_BTC.dim() != 3 or weight_CK.dim() != 2 or x_BTC.shape[2] != weight_CK.shape[0]:
         return f"weight {list(weight_CK.shape)} does not fit x {list(x_BTC.shape)}"
-    batch, tokens, channels = x_BTC.shape
+    batch, _, channels = x_BTC.shape
     taps = weight_CK.shape[1]
     if x_BTC.numel() == 0:
         return "x is empty"
-    if tokens > TOKENS:
-        return f"the kernel is for at most {TOKENS} tokens, not {tokens}"
     if taps not in TAPS:
         return f"the kernel takes {TAPS[0]} to {TAPS[-1]} taps, not {taps}"
     if bias_C is not None and bias_C.shape != (channels,):
@@ -82,10 +95,13 @@ def causal_conv1d(
     out_BTC, window_BKC = x_BTC.new_empty(batch, tokens, channels), x_BTC.new_empty(batch, taps - 1, channels)
     bias, bias_dtype = (0, x_BTC.dtype) if bias_C is None else (bias_C.data_ptr(), bias_C.dtype)
     window, strides = (0, (0, 0, 0)) if window_BCK is None else (window_BCK.data_ptr(), window_BCK.stride())
+    lengths = None if lengths_B is None else lengths_B.long().contiguous()
+    documents = None if seq_idx_BT is None else seq_idx_BT.long().contiguous()
     threads.sync()
     _native.kernels(level).causal_conv1d(
-        x_BTC.data_ptr(), weight_CK.data_ptr(), bias, window, out_BTC.data_ptr(), window_BKC.data_ptr(),
-        batch, tokens, channels, taps, *x_BTC.stride()[:2], *strides,
+        x_BTC.data_ptr(), weight_CK.data_ptr(), bias, window,
+        0 if lengths is None else lengths.data_ptr(), 0 if documents is None else documents.data_ptr(),
+        out_BTC.data_ptr(), window_BKC.data_ptr(), batch, tokens, channels, taps, *x_BTC.stride()[:2], *strides,
         DTYPE_CODES[x_BTC.dtype], DTYPE_CODES[weight_CK.dtype], DTYPE_CODES[bias_dtype],
     )  # fmt: skip
     return out_BTC, window_BKC.transpose(1, 2)

@@ -27,7 +27,7 @@ class SSDResult(NamedTuple):
     final_state: Tensor
 
 
-_CHUNK_SCAN = dispatch.register("ssd_chunk_scan", reference.chunk_scan)
+_CHUNK_SCAN = dispatch.register("ssd_chunk_scan", reference.chunk_scan, native.scan, native.scan_refusal)
 _STEP = dispatch.register("ssd_step", reference.step, native.step, native.refusal)
 _DECAY_RATE = dispatch.register("decay_rate", reference.decay_rate, native.decay_rate, native.decay_rate_refusal)
 _TIME_STEP = dispatch.register("time_step", reference.time_step, native.time_step, native.time_step_refusal)
@@ -58,7 +58,7 @@ def ssd(
         A_H: `-exp(A_log)`, float32.
         state_BHPN: State before the first token; None is zero.
         seq_idx_BT: Document of each token, ascending; each starts from a zero state, the first from `state_BHPN`.
-        chunk_size: Tokens per chunk; changes rounding and speed only.
+        chunk_size: Tokens per chunk of the reference; changes rounding and speed only. The kernel has its own, 64.
         out_state: Memory [B, H, P, N] for the final state, contiguous, in the dtype that it is to have; `state_BHPN`
             itself is allowed. Only a kernel uses it, without a trace for autograd: see `SSDResult`.
         use_packages: On CUDA, take the `mamba_ssm` package where it is installed.

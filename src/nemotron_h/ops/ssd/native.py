@@ -1,5 +1,5 @@
-"""The recurrence of a few tokens and their time steps by the C++ kernels (csrc/kernels/ssd_step.cpp, time_step.cpp):
-float32 and bfloat16 on the CPU, without grad.
+"""The recurrence and its time steps by the C++ kernels (csrc/kernels/ssd_step.cpp, ssd_scan.cpp, time_step.cpp): float32
+and bfloat16 on the CPU, without grad.
 
 Letters: B batch · T tokens · H heads · P head size · G groups · N state size.
 """
@@ -12,6 +12,7 @@ from nemotron_h.ops.dispatch import DTYPE_CODES, not_plain
 
 TOKENS = 8  # csrc/kernels/ssd_step.cpp: max_tokens
 STATES = 512  # its max_states
+SCAN_STATES = 256  # csrc/kernels/ssd_scan.cpp: max_states
 
 
 def refusal(
@@ -26,12 +27,49 @@ def refusal(
 ) -> str | None:
     """Why the kernel cannot take these arguments; None when it can."""
     states = [state for state in (state_BHPN, out_state_BHPN) if state is not None]
-    reason = not_plain(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, *states)
-    if reason is not None:
+    reason = _wrong_inputs(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, states, STATES)
+    if reason is None and x_BTHP.shape[1] > TOKENS:
+        return f"the kernel takes at most {TOKENS} tokens, not {x_BTHP.shape[1]}"
+    return reason
+
+
+def scan_refusal(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    D_H: Tensor,
+    chunk_size: int,
+    state_BHPN: Tensor | None,
+    seq_idx_BT: Tensor | None,
+) -> str | None:
+    """Why the kernel of many tokens cannot take these arguments; None when it can."""
+    states = [] if state_BHPN is None else [state_BHPN]
+    reason = _wrong_inputs(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, states, SCAN_STATES)
+    if reason is None and _native.emulates():
+        return _native.EMULATED
+    if reason is not None or seq_idx_BT is None:
         return reason
+    if seq_idx_BT.shape != x_BTHP.shape[:2] or seq_idx_BT.dtype not in (torch.int64, torch.int32):
+        return f"seq_idx {seq_idx_BT.dtype} {list(seq_idx_BT.shape)} must be int64 {list(x_BTHP.shape[:2])}"
+    return not_plain(seq_idx_BT)
+
+
+def _wrong_inputs(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    D_H: Tensor,
+    states: list[Tensor],
+    most_states: int,
+) -> str | None:
     return (
-        _wrong_dtypes(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, states)
-        or _wrong_shapes(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, states)
+        not_plain(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, *states)
+        or _wrong_dtypes(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, states)
+        or _wrong_shapes(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, states, most_states)
         or _wrong_layout((x_BTHP, B_BTGN, C_BTGN), states)
     )
 
@@ -50,7 +88,14 @@ def _wrong_dtypes(
 
 
 def _wrong_shapes(
-    x_BTHP: Tensor, dt_BTH: Tensor, A_H: Tensor, B_BTGN: Tensor, C_BTGN: Tensor, D_H: Tensor, states: list[Tensor]
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    D_H: Tensor,
+    states: list[Tensor],
+    most_states: int,
 ) -> str | None:
     if x_BTHP.dim() != 4 or B_BTGN.dim() != 4:
         return f"x {list(x_BTHP.shape)} and B {list(B_BTGN.shape)} must have 4 dimensions"
@@ -58,10 +103,8 @@ def _wrong_shapes(
     groups, width = B_BTGN.shape[2:]
     if x_BTHP.numel() == 0 or B_BTGN.numel() == 0:
         return "x or B is empty"
-    if tokens > TOKENS:
-        return f"the kernel takes at most {TOKENS} tokens, not {tokens}"
-    if width > STATES:
-        return f"the kernel takes states of at most {STATES}, not {width}"
+    if width > most_states:
+        return f"the kernel takes states of at most {most_states}, not {width}"
     if heads % groups:
         return f"{heads} heads do not split into {groups} groups"
     expected = {
@@ -118,6 +161,42 @@ def step(
         DTYPE_CODES[out.dtype if state_BHPN is None else state_BHPN.dtype], DTYPE_CODES[out.dtype],
     )  # fmt: skip
     return y_BTHP, out
+
+
+def scan(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    D_H: Tensor,
+    chunk_size: int,
+    state_BHPN: Tensor | None,
+    seq_idx_BT: Tensor | None,
+    level: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `nemotron_h.ops.ssd.ssd`; valid only where `scan_refusal` is None.
+
+    The kernel has chunks of its own, of 64 tokens from the start of the call or of a document. A call that ends at a
+    multiple of 64 tokens and another that goes on from its state have the bits of one call; a document in a packed row
+    has those of the document alone.
+    """
+    batch, tokens, heads, size = x_BTHP.shape
+    groups, width = B_BTGN.shape[2:]
+    y_BTHP = x_BTHP.new_empty(batch, tokens, heads, size, dtype=torch.float32)
+    final_BHPN = x_BTHP.new_empty(batch, heads, size, width, dtype=torch.float32)
+    dt_BTH, A_H, D_H = dt_BTH.contiguous(), A_H.contiguous(), D_H.contiguous()
+    documents_BT = None if seq_idx_BT is None else seq_idx_BT.long().contiguous()
+    threads.sync()
+    _native.kernels(level).ssd_scan(
+        x_BTHP.data_ptr(), dt_BTH.data_ptr(), A_H.data_ptr(), B_BTGN.data_ptr(), C_BTGN.data_ptr(), D_H.data_ptr(),
+        0 if state_BHPN is None else state_BHPN.data_ptr(), 0 if documents_BT is None else documents_BT.data_ptr(),
+        final_BHPN.data_ptr(), y_BTHP.data_ptr(), batch, tokens, heads, size, groups, width,
+        *x_BTHP.stride()[:3], *B_BTGN.stride()[:3], *C_BTGN.stride()[:3],
+        DTYPE_CODES[x_BTHP.dtype], DTYPE_CODES[D_H.dtype],
+        DTYPE_CODES[torch.float32 if state_BHPN is None else state_BHPN.dtype],
+    )  # fmt: skip
+    return y_BTHP, final_BHPN
 
 
 def time_step_refusal(dt_BTH: Tensor, dt_bias_H: Tensor, limit: tuple[float, float]) -> str | None:
