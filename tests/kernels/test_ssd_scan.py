@@ -72,8 +72,7 @@ def fenced_memory() -> Iterator[None]:
     def new_empty(self: Tensor, *size: int, **options: Any) -> Tensor:
         count = math.prod(size)
         memory = right(self, count + 64, **options).fill_(float("nan"))
-        for fence in (memory[:32], memory[32 + count :]):
-            fences.append(fence.fill_(7.0))
+        fences.extend(fence.fill_(7.0) for fence in (memory[:32], memory[32 + count :]))
         return memory[32 : 32 + count].view(size)
 
     Tensor.new_empty = new_empty  # type: ignore[method-assign,assignment]
@@ -319,7 +318,7 @@ def test_subnormals_and_extremes_give_the_same_bits() -> None:
 
 def refused() -> dict[str, Arguments]:
     arguments = case(2, 9, 4, 5, 2, 7)
-    x, dt, A, B, C, D, _, state, _ = arguments
+    x, dt, _, B, C, D, _, state, _ = arguments
     documents = torch.zeros(2, 9, dtype=torch.long)
     return {
         "requires grad": change(arguments, D=nn.Parameter(D)),

@@ -1,5 +1,5 @@
-"""The recurrence and its time steps by the C++ kernels (csrc/kernels/ssd_step.cpp, ssd_scan.cpp, time_step.cpp): float32
-and bfloat16 on the CPU, without grad.
+"""The recurrence and its time steps by the C++ kernels (csrc/kernels/ssd_step.cpp, ssd_scan.cpp, time_step.cpp):
+float32 and bfloat16 on the CPU, without grad.
 
 Letters: B batch · T tokens · H heads · P head size · G groups · N state size.
 """
