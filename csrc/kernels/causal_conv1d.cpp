@@ -2,14 +2,14 @@
 //
 // The bound is memory: 4 taps of 6,144 channels are read once, an input and an output per token, and SiLU costs more
 // arithmetic than the taps. Sixteen channels are one vector and slide over the tokens in registers: the last K - 1
-// inputs, the new one, K fused multiply-adds, SiLU. A row of tokens is far longer than a vector, so the work is cut into
+// inputs, the new one, K fused multiply-adds, SiLU. A row is far longer than a vector, so the work is cut into
 // blocks of 64 tokens × 128 channels, which the first vector of channels brings into L1 for the others. For a single
 // token the window should lie time-major, one row of channels per step back, as this kernel returns it; any strides are
 // read. Weights are stored channel by channel ([C, K], as nn.Conv1d has them), so the K taps of 16 channels are turned
 // into K vectors first, once for at least 64 tokens.
 //
-// Order: acc = bias, then acc = fma(tap k, input k, acc) from the oldest input to the newest. Inputs before the first are
-// the window's, or zeros; where a document begins, zeros. Tokens in one call or one by one have the same bits.
+// Order: acc = bias, then acc = fma(tap k, input k, acc) from the oldest input to the newest. Inputs before the first
+// are the window's, or zeros; where a document begins, zeros. Tokens in one call or one by one have the same bits.
 #include "../kernels.h"
 #include "../pool.h"
 #include "../simd.h"
@@ -100,8 +100,8 @@ void tokens(const Problem& p, size_t b, size_t begin, size_t end, size_t c, size
 template <typename X, size_t K>
 void keep_window(const Problem& p, size_t b, size_t c, size_t n) {
     const size_t length = p.lengths == nullptr ? p.T : static_cast<size_t>(p.lengths[b]);
-    for (size_t k = 0; k + 1 < K; ++k)
-        store_some(static_cast<X*>(p.new_window) + (b * (K - 1) + k) * p.C + c, load_input<X, K>(p, b, c, n, length + k), n);
+    X* to = static_cast<X*>(p.new_window) + b * (K - 1) * p.C + c;
+    for (size_t k = 0; k + 1 < K; ++k) store_some(to + k * p.C, load_input<X, K>(p, b, c, n, length + k), n);
 }
 
 template <typename X, size_t K>

@@ -14,18 +14,18 @@
 //
 // The bound is arithmetic: 2·N·P multiply-adds per token and head are unavoidable, S and M·x add 32·P + 32·N/(H/G). A
 // longer chunk adds to those, a shorter one saves nothing: 64 is the best. It is not the model's chunk_size, which
-// changes rounding only. Chunks lie at multiples of 64 from the start of the call, or of the document in packed rows; so
-// a prompt cut at a multiple of 64, or a document by itself, gives the same bits.
+// changes rounding only. Chunks lie at multiples of 64 from the start of the call, or of the document in packed rows:
+// a prompt cut at a multiple of 64, or a document by itself, has the same bits.
 //
-// Decays. exp(Σ over (s, q]) comes from a running sum in double, kept as two floats: a difference of two such sums is as
-// exact as the sum of the terms between them. Off the diagonal tiles of 16 tokens it is a product of two factors that
-// are at most 1, from s to the tile's first token and from there to q: 16 exponentials for a tile instead of 256, and
-// nothing overflows. The decay of a whole chunk multiplies the state again and again, so it enters as two floats, as in
-// ssd_step.cpp.
+// Decays. exp(Σ over (s, q]) comes from a running sum in double, kept as two floats: a difference of two such sums is
+// as exact as the sum of the terms between them. Off the diagonal tiles of 16 tokens it is a product of two factors
+// that are at most 1, from s to the tile's first token and from there to q: 16 exponentials for a tile instead of 256,
+// and nothing overflows. The decay of a whole chunk multiplies the state again and again, so it enters as two floats,
+// as in ssd_step.cpp.
 //
-// Order of additions, for each output one chain of fused multiply-adds: over n, then over s from the chunk's first token
-// to its own, for y; over s, then once onto the state, for h. Nothing depends on the tokens behind, on the other rows
-// and heads of the call, or on the width of the block in registers.
+// Order of additions, for each output one chain of fused multiply-adds: over n, then over s from the chunk's first
+// token to its own, for y; over s, then once onto the state, for h. Nothing depends on the tokens behind, on the other
+// rows and heads of the call, or on the width of the block in registers.
 #include "../kernels.h"
 #include "../pool.h"
 #include "../simd.h"
@@ -77,7 +77,7 @@ struct alignas(64) Chunk {
     float high[Q], low[Q];                           // running sum of dt·A in two floats
     float dt[Q], reach[Q], left[Q];
     float keep, rest;                                // decay of the chunk
-    size_t b, first, length, steps, width;           // steps: tokens up to the last with a step (the others are padding)
+    size_t b, first, length, steps, width;           // steps: tokens up to the last that is not padding (dt 0)
 };
 
 // n elements as floats, zeros behind them up to the next full vector.
@@ -89,8 +89,9 @@ void widen(const T* from, size_t n, float* to) {
 }
 
 float number(const void* p, Dtype dtype, size_t at) {
+    if (dtype == Dtype::float32) return static_cast<const float*>(p)[at];
     float a[lanes];
-    store(a, dtype == Dtype::float32 ? load(static_cast<const float*>(p) + at, 1) : load(static_cast<const bf16*>(p) + at, 1));
+    store(a, load(static_cast<const bf16*>(p) + at, 1));
     return a[0];
 }
 
@@ -99,7 +100,8 @@ float number(const void* p, Dtype dtype, size_t at) {
 // sums[r, v] += Σ_k a[r, k] · b[k, v] for R rows and the vectors from `from` to V: a is broadcast element by element, b
 // read vector by vector. 4 × 4 vectors cost 8 loads for 16 multiply-adds, half of what the load units can do.
 template <size_t R, size_t V, size_t from = 0>
-inline void accumulate(f32x16 (&sums)[R][V], const float* a, size_t a_row, size_t a_k, const float* b, size_t b_k, size_t K) {
+inline void accumulate(f32x16 (&sums)[R][V], const float* a, size_t a_row, size_t a_k, const float* b, size_t b_k,
+                       size_t K) {
     for (size_t k = 0; k < K; ++k, a += a_k, b += b_k) {
         f32x16 right[V];
         for (size_t v = from; v < V; ++v) right[v] = load(b + v * lanes);
@@ -119,7 +121,8 @@ inline void clear(f32x16 (&sums)[R][V]) {
 // The same over the triangle s <= q, tile by tile: tokens s of tile `from` reach vectors from that tile on. b starts at
 // token s = 0 and at the vector's q; `below`: tokens in front of this block's first q; K: all tokens.
 template <size_t R, size_t V, size_t from = 0>
-inline void accumulate_triangle(f32x16 (&sums)[R][V], const float* a, size_t a_k, const float* b, size_t below, size_t K) {
+inline void accumulate_triangle(f32x16 (&sums)[R][V], const float* a, size_t a_k, const float* b, size_t below,
+                                size_t K) {
     const size_t begin = below + from * lanes;
     if (begin >= K) return;
     const size_t count = K - begin < lanes ? K - begin : lanes;
@@ -305,16 +308,22 @@ void scan_head(const Problem& p, Chunk& c, size_t h) {
 
 // --- The call --------------------------------------------------------------------------------------------------------
 
+// n elements as floats and nothing behind them; zeros where there is no `from`.
 template <typename T>
 void copy(const T* from, size_t n, float* to) {
-    for (size_t i = 0; i < n; i += lanes) store_some(to + i, from == nullptr ? fill(0.0f) : load_some(from + i, n - i), n - i);
+    for (size_t i = 0; i < n; i += lanes) {
+        const f32x16 a = from == nullptr ? fill(0.0f) : load_some(from + i, n - i);
+        store_some(to + i, a, n - i);
+    }
 }
 
-void begin_states(const Problem& p, size_t b, size_t from, size_t to, bool fresh) {
-    const size_t at = (b * p.H + from) * p.P * p.N, n = (to - from) * p.P * p.N;
-    const bool zero = fresh || p.state == nullptr;
-    if (p.state_dtype == Dtype::float32) copy(zero ? nullptr : static_cast<const float*>(p.state) + at, n, p.out_state + at);
-    else copy(zero ? nullptr : static_cast<const bf16*>(p.state) + at, n, p.out_state + at);
+void begin_states(const Problem& p, size_t b, size_t first, size_t last, bool fresh) {
+    const size_t at = (b * p.H + first) * p.P * p.N, n = (last - first) * p.P * p.N;
+    const void* before = fresh ? nullptr : p.state;
+    const size_t size = p.state_dtype == Dtype::float32 ? sizeof(float) : sizeof(bf16);
+    const void* from = before == nullptr ? nullptr : static_cast<const char*>(before) + at * size;
+    if (p.state_dtype == Dtype::float32) copy(static_cast<const float*>(from), n, p.out_state + at);
+    else copy(static_cast<const bf16*>(from), n, p.out_state + at);
 }
 
 // All chunks of heads [from, to), which share a group, of row b.

@@ -210,6 +210,35 @@ void ssd_step() {
     }
 }
 
+void ssd_scan() {
+    for (Dtype dtype : dtypes) {
+        const size_t T = 150, H = 4, P = 20, G = 2, N = 24, boundary = 70;
+        Values x(T * H * P, dtype), B(T * G * N, dtype), C(T * G * N, dtype), D(H, dtype), state(H * P * N, Dtype::float32);
+        Values dt(T * H, Dtype::float32, 0.05f, 0.06f), A(H, Dtype::float32, 0.4f, -1.0f);
+        Output y(T * H * P, Dtype::float32), left(H * P * N, Dtype::float32);
+        std::vector<int64_t> documents(T, 3);
+        std::fill(documents.begin() + boundary, documents.end(), 5);
+        kernels.ssd_scan(x.data(), dt.f(), A.f(), B.data(), C.data(), D.data(), state.data(), documents.data(),
+                         left.floats.get(), y.floats.get(), 1, T, H, P, G, N, T * H * P, H * P, P, T * G * N, G * N, N,
+                         T * G * N, G * N, N, dtype, dtype, Dtype::float32);
+        Doubles h = state.exact, expected(T * H * P);
+        for (size_t t = 0; t < T; ++t) {
+            if (t == boundary) h.assign(h.size(), 0.0);
+            for (size_t i = 0; i < H * P; ++i) {
+                const size_t head = i / P, group = (t * G + head / (H / G)) * N;
+                const double in = x[t * H * P + i], step = dt[t * H + head];
+                expected[t * H * P + i] = D[head] * in;
+                for (size_t n = 0; n < N; ++n) {
+                    h[i * N + n] = std::exp(step * A[head]) * h[i * N + n] + step * in * B[group + n];
+                    expected[t * H * P + i] += h[i * N + n] * C[group + n];
+                }
+            }
+        }
+        compare(with("ssd_scan", dtype), y, expected, 2e-6);
+        compare(with("ssd_scan state", dtype), left, h, 2e-6);
+    }
+}
+
 void attention() {
     for (Dtype dtype : dtypes) {
         const size_t T = 2, heads = 2, repeats = 3, S = 300, d = 40, Q = heads * repeats;
@@ -381,7 +410,7 @@ int main() {
         set_threads(threads);
         again = threads != 1;
         Values::state = 1;
-        for (const auto& test : {rms_norm, gated_rms_norm, time_step, causal_conv1d, ssd_step, attention, router, sample,
+        for (const auto& test : {rms_norm, gated_rms_norm, time_step, causal_conv1d, ssd_step, ssd_scan, attention, router, sample,
                                  linear, experts})
             test();
     }
