@@ -127,6 +127,7 @@ NB_MODULE(_native, m) {
     m.def("experts_scratch", [](size_t M, size_t k, size_t E, size_t L, size_t F, int format, int arithmetic) {
         return experts_scratch(M, k, E, L, F, static_cast<Format>(format), static_cast<Arithmetic>(arithmetic));
     });
+    m.def("attention_prefill_scratch", &attention_prefill_scratch);
     m.def("advise_huge_pages", [](uintptr_t p, size_t bytes) { return advise_huge_pages(address<void>(p), bytes); });
     m.def("mamba_block_scratch", [](uintptr_t b, size_t rows) { return block_scratch(*address<const MambaBlock>(b), rows); });
     m.def("mlp_block_scratch", [](uintptr_t b, size_t rows) { return block_scratch(*address<const MlpBlock>(b), rows); });
@@ -152,4 +153,5 @@ NB_MODULE(_native, m) {
     def_kernel<Gil::release>(table, "gated_rms_norm", &Kernels::gated_rms_norm);
     def_kernel<Gil::release>(table, "time_step", &Kernels::time_step);
     def_kernel<Gil::release>(table, "attention", &Kernels::attention);
+    def_kernel<Gil::release>(table, "attention_prefill", &Kernels::attention_prefill);
 }

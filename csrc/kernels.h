@@ -135,7 +135,8 @@ using Router = void(const void* x, Dtype x_dtype, size_t x_stride, size_t M, con
 constexpr size_t attention_max_queries = 8, attention_max_size = 256;
 struct AttentionShape {
     size_t batch, queries, heads, repeats, keys, size;  // heads: of keys; each serves `repeats` query heads
-    size_t causal;                                      // 1: query t sees keys 0..t
+    size_t causal, past, window;                        // 1: query t sees keys 0..past + t, the last `window` (0: all)
+    size_t slots;                                       // of attention_prefill's scratch: threads that can be at work
     size_t k_stride[3], v_stride[3];                    // batch, head, key; channels are contiguous
     size_t k_scale_stride[2], v_scale_stride[2];        // batch, head; keys are contiguous
     size_t visible_stride[3];                           // batch, query, key
@@ -143,11 +144,21 @@ struct AttentionShape {
 
 // out[b, t, h] = Σ_s p[s] · v[b, h / repeats, s], p the softmax over the visible s of q[b, t, h] · k[b, h / repeats, s] /
 // sqrt(size), all in float32. q, out: batch × queries × (heads · repeats) × size, contiguous. k_scale, v_scale: null, or
-// k and v are int8 and stand for themselves times these. visible: bytes 0 or 1, or null: all are. Each query must see a
-// key. scratch: batch · heads · ⌈keys / 256⌉ · queries · repeats · (size rounded up to 16, + 2) + 16 floats.
+// k and v are int8 and stand for themselves times these. visible: bytes 0 or 1, or null: all that causality leaves. Each
+// query must see a key. Both kernels give the same bits: `attention` takes up to 8 queries, and scratch of batch · heads ·
+// ⌈keys / 256⌉ · queries · repeats · (size rounded up to 16, + 2) + 16 floats; `attention_prefill` any number, and
+// attention_prefill_scratch floats, 64-byte aligned.
 using Attention = void(const AttentionShape* shape, const void* q, Dtype q_dtype, const void* k, const void* v,
                        Dtype kv_dtype, const float* k_scale, const float* v_scale, const uint8_t* visible,
                        float* scratch, void* out) noexcept;
+constexpr size_t attention_prefill_rows = 128;  // queries times heads that share a tile of keys
+constexpr size_t attention_slot(size_t size) {
+    const size_t width = (size + 15) / 16 * 16, rows = attention_prefill_rows;
+    return rows * (256 + width + 4 + 4 + 2 * width) + 32 * (width + 4) + 256;
+}
+constexpr size_t attention_prefill_scratch(size_t size, size_t slots) {
+    return (slots + 63) / 64 * 16 + slots * attention_slot(size);
+}
 
 // One token from V finite logits, -1 if any is not finite. temperature 0: the greatest. Else the first id at which the
 // sum of weights exp((logit - greatest) / temperature) of the tokens that top_k (0: all), top_p and min_p leave exceeds
@@ -184,7 +195,8 @@ using MoeBlockStep = void(const MoeBlock* block, const void* x, Dtype dtype, siz
     kernel(MambaBlockStep, mamba_block)  \
     kernel(MlpBlockStep, mlp_block)      \
     kernel(MoeBlockStep, moe_block)      \
-    kernel(Attention, attention)
+    kernel(Attention, attention)         \
+    kernel(Attention, attention_prefill)
 
 struct Kernels {
 #define NEMOTRON_H_MEMBER(type, name) type* name;

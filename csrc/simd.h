@@ -76,6 +76,9 @@ inline void store(bf16* p, f32x16 a, size_t n) { _mm256_mask_storeu_epi16(p, fir
 
 inline uint32_t mask_at_least(f32x16 a, f32x16 bound) { return _mm512_cmp_ps_mask(a.v, bound.v, _CMP_GE_OQ); }
 inline f32x16 where(uint32_t mask, f32x16 a) { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(mask), a.v)}; }
+inline f32x16 either(uint32_t mask, f32x16 a, f32x16 b) {
+    return {_mm512_mask_mov_ps(b.v, static_cast<__mmask16>(mask), a.v)};
+}
 inline void compress(float* p, f32x16 a, uint32_t mask) {
     _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), a.v));
 }
@@ -144,12 +147,17 @@ inline uint32_t mask_at_least(f32x16 a, f32x16 bound) {
     const int hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, bound.hi, _CMP_GE_OQ));
     return static_cast<uint32_t>(lo | hi << 8);
 }
-inline __m256 where(uint32_t mask, __m256 a) {
+inline __m256 all_ones(uint32_t mask) {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i bits = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), lane);
-    return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_cmpeq_epi32(bits, lane)));
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(bits, lane));
 }
-inline f32x16 where(uint32_t mask, f32x16 a) { return {where(mask, a.lo), where(mask >> 8, a.hi)}; }
+inline f32x16 where(uint32_t mask, f32x16 a) {
+    return {_mm256_and_ps(a.lo, all_ones(mask)), _mm256_and_ps(a.hi, all_ones(mask >> 8))};
+}
+inline f32x16 either(uint32_t mask, f32x16 a, f32x16 b) {
+    return {_mm256_blendv_ps(b.lo, a.lo, all_ones(mask)), _mm256_blendv_ps(b.hi, a.hi, all_ones(mask >> 8))};
+}
 
 inline __m256 fold(f32x16 a) { return _mm256_add_ps(a.lo, a.hi); }
 
@@ -219,6 +227,10 @@ inline f32x16 where(uint32_t mask, f32x16 a) {
     for (size_t i = 0; i < lanes; ++i) a.v[i] = (mask >> i & 1) != 0 ? a.v[i] : 0.0f;
     return a;
 }
+inline f32x16 either(uint32_t mask, f32x16 a, f32x16 b) {
+    for (size_t i = 0; i < lanes; ++i) a.v[i] = (mask >> i & 1) != 0 ? a.v[i] : b.v[i];
+    return a;
+}
 inline f32x16 times_power(f32x16 a, f32x16 t) {
     for (size_t i = 0; i < lanes; ++i) a.v[i] = float_of(bits_of(a.v[i]) + (bits_of(t.v[i]) << 23));
     return a;
@@ -275,7 +287,7 @@ inline void store(T* p, f32x16 a, size_t n) {
 // before others may read what it streamed.
 //
 // mask_at_least(a, bound): bit i says whether lane i of a reaches bound; NaN does not. where(mask, a): the lanes of the
-// mask, the others zero. compress(p, a, mask): the lanes of the mask side by side; p has room for sixteen.
+// mask, the others zero; either(mask, a, b): the others from b. compress(p, a, mask): the lanes of the mask side by side; p has room for sixteen.
 //
 // Up to sixteen elements: all of them where n is larger; n >= 1.
 template <typename T>

@@ -6,7 +6,7 @@ Letters: B batch · T tokens of this pass · S slots, cached ones and then this 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,15 @@ def ordered(by_layer: dict[int, Any] | None) -> tuple[Any, ...] | None:
     return None if by_layer is None else tuple(by_layer[index] for index in sorted(by_layer))
 
 
+class Visibility(NamedTuple):
+    """What the tokens of a pass see, as `ops.attention` takes it."""
+
+    visible: Tensor | None = None
+    causal: bool = False
+    past: int = 0
+    window: int | None = None
+
+
 @dataclass
 class Layout:
     """What a mixer must know about its tokens beside their hidden states.
@@ -59,7 +68,7 @@ class Layout:
     seq_idx_BT: Tensor | None = None
     recorder: Recorder | None = None
     capacity: int | None = None
-    _visible: dict[int | None, Tensor | None] = field(default_factory=dict)
+    _visible: dict[int | None, Tensor] = field(default_factory=dict)
     _order: tuple[Tensor, Tensor] | None = None
 
     def first(self, tokens: int, recorder: Recorder | None = None) -> Layout:
@@ -122,29 +131,28 @@ class Layout:
             self._order = order_BT, order_BT.argsort(dim=-1)
         return self._order
 
-    def visibility(self, window: int | None, device: torch.device) -> tuple[bool, Tensor | None]:
-        """Which slots a token sees: plain causal attention over this pass's own tokens, or a boolean mask,
-        broadcastable to [B, 1, T, S] (None: all of them).
+    def visibility(self, window: int | None, device: torch.device) -> Visibility:
+        """Which slots a token sees: by its place alone, where that says it all, or by a mask [B or 1, 1, T, S].
 
         A padding token sees itself and what a real one would, so that no row of a softmax is empty.
         """
-        fresh = not isinstance(self.past, Tensor) and self.past == 0
-        plain = self.slots_valid_BS is None and self.seq_idx_BT is None and fresh
-        if plain and (window is None or window >= self.tokens):
-            return True, None
+        if self.slots_valid_BS is None and self.seq_idx_BT is None and not isinstance(self.past, Tensor):
+            slots = self.past + self.tokens
+            near = None if window is None or window >= slots else window
+            if self.tokens == 1 and near is None:
+                return Visibility()
+            return Visibility(causal=True, past=self.past, window=near)
         if window not in self._visible:
             self._visible[window] = self._make_visible(window, device)
-        return False, self._visible[window]
+        return Visibility(self._visible[window])
 
-    def _make_visible(self, window: int | None, device: torch.device) -> Tensor | None:
+    def _make_visible(self, window: int | None, device: torch.device) -> Tensor:
         own_T = torch.arange(self.tokens, dtype=torch.int32, device=device) + self.past
         if isinstance(self.past, Tensor):
             assert self.capacity is not None
             slots = self.capacity
         else:
             slots = self.past + self.tokens
-            if self.slots_valid_BS is None and self.tokens == 1 and (window is None or slots <= window):
-                return None
         slot_S = torch.arange(slots, dtype=torch.int32, device=device)
         seen = (slot_S <= own_T[:, None])[None, None]
         if self.slots_valid_BS is not None:

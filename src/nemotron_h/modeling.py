@@ -233,10 +233,11 @@ class NemotronHAttention(nn.Module):
         if cache is not None:
             k_BKSd, v_BKSd = cache.append(k_BKSd, v_BKSd)
 
-        causal, visible = layout.visibility(self.sliding_window, hidden_states.device)
+        seen = layout.visibility(self.sliding_window, hidden_states.device)
         wanted = None if layout.recorder is None else layout.recorder.attentions
         result = attention(
-            q_BTQd, k_BKSd, v_BKSd, visible, causal, self.dropout if self.training else 0.0,
+            q_BTQd, k_BKSd, v_BKSd, seen.visible, seen.causal, self.dropout if self.training else 0.0,
+            past=seen.past, window=seen.window,
             return_weights=wanted is not None or self.config._attn_implementation == "eager",
         )  # fmt: skip
         if wanted is not None and result.weights is not None:

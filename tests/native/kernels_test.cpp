@@ -242,7 +242,7 @@ void ssd_scan() {
 void attention() {
     for (Dtype dtype : dtypes) {
         const size_t T = 2, heads = 2, repeats = 3, S = 300, d = 40, Q = heads * repeats;
-        AttentionShape shape{1, T, heads, repeats, S, d, 0, {heads * S * d, S * d, d}, {heads * S * d, S * d, d}, {}, {}, {}};
+        AttentionShape shape{1, T, heads, repeats, S, d, 0, 0, 0, 1, {heads * S * d, S * d, d}, {heads * S * d, S * d, d}, {}, {}, {}};
         Values q(T * Q * d, dtype, 3), k(heads * S * d, dtype), v(heads * S * d, dtype);
         Output out(T * Q * d, dtype);
         Array<float> scratch(heads * 2 * T * repeats * (48 + 2) + 16);

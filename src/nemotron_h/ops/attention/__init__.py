@@ -38,30 +38,38 @@ def attention(
     causal: bool = False,
     dropout: float = 0.0,
     *,
+    past: int = 0,
+    window: int | None = None,
     return_weights: bool = False,
     impl: str | None = None,
 ) -> AttentionResult:
     """`softmax(q·kᵀ / sqrt(d)) v` with the softmax in float32; query head h uses key head h // (Q/K).
 
-    The kernel takes up to 8 queries of a row at once, any number of keys. A row of its result depends on its own query
-    and the keys that it sees, bit for bit: not on the level, the other queries, or what lies in unseen slots.
+    The kernel takes any number of queries and keys, in bounded memory: no [T, S] matrix exists. A row of its result
+    depends on its own query and the keys that it sees, bit for bit: not on the level, the number of queries in the call,
+    which other ones they are, or what lies in unseen slots.
 
     Args:
         k_BKSd, v_BKSd: Tensors, any strides as long as a position's d channels are contiguous; or both `Int8Rows`.
         visible: Boolean, broadcastable to [B, 1, T, S]: which keys a query sees; every query must see one.
-        causal: Instead of `visible`, with T = S: key j is seen by query i iff j <= i.
+        causal: Instead of `visible`: query t stands at position past + t, behind keys 0 .. past + t, and sees these.
+            The keys are those of the past and of the queries themselves, S = past + T.
+        past: Keys before those of the first query, with `causal`.
+        window: With `causal`, only the last `window` of these keys are seen, its own included; None: all.
         dropout: Probability with which attention weights are dropped.
         return_weights: Form the probabilities explicitly and return them too.
 
     Raises:
-        InputError: one of keys and values is int8, the other not. KernelError: `impl="native"` cannot run.
+        InputError: one of keys and values is int8, the other not; `causal` with a mask or other numbers of keys, or
+            `past` or `window` without it. KernelError: `impl="native"` cannot run.
     """
     if isinstance(k_BKSd, Int8Rows) != isinstance(v_BKSd, Int8Rows):
         raise InputError("attention: keys and values must both be tensors or both Int8Rows; quantize both or neither.")
     if isinstance(k_BKSd, Int8Rows) and isinstance(v_BKSd, Int8Rows):
         if not return_weights:
-            return AttentionResult(_INT8(q_BTQd, *k_BKSd, *v_BKSd, visible, causal, dropout, impl=impl), None)
+            y_BTQd = _INT8(q_BTQd, *k_BKSd, *v_BKSd, visible, causal, dropout, past, window, impl=impl)
+            return AttentionResult(y_BTQd, None)
         k_BKSd, v_BKSd = k_BKSd.dequantized(q_BTQd.dtype), v_BKSd.dequantized(q_BTQd.dtype)
     op = _EAGER if return_weights else _SDPA
-    result = op(q_BTQd, k_BKSd, v_BKSd, visible, causal, dropout, impl=impl)
+    result = op(q_BTQd, k_BKSd, v_BKSd, visible, causal, dropout, past, window, impl=impl)
     return AttentionResult(*result) if return_weights else AttentionResult(result, None)

@@ -7,24 +7,52 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nemotron_h.errors import InputError
 from nemotron_h.ops.attention.int8 import Int8Rows
 from nemotron_h.ops.tracing import tracing
 
 BLOCK = 256  # queries that share one span of keys, so that packed documents do not cost the whole [T, S] product
 
 
+def misplaced(
+    queries: int, keys: int, visible: Tensor | None, causal: bool, past: int, window: int | None
+) -> str | None:
+    """What is wrong with the places of queries and keys; None when nothing is."""
+    if not causal:
+        return "past and window say something only with causal=True" if past or window is not None else None
+    if past < 0 or (window is not None and window < 1):
+        return f"past={past} must be at least 0, window={window} None or at least 1"
+    if visible is not None or keys != past + queries:
+        mask = "none" if visible is None else list(visible.shape)
+        return f"causal needs past + queries = {past} + {queries} keys (got {keys}) and no mask (got {mask})"
+    return None
+
+
 def attention(
-    q_BTQd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, visible: Tensor | None, causal: bool, dropout: float
+    q_BTQd: Tensor,
+    k_BKSd: Tensor,
+    v_BKSd: Tensor,
+    visible: Tensor | None,
+    causal: bool,
+    dropout: float,
+    past: int = 0,
+    window: int | None = None,
 ) -> Tensor:
     """PyTorch's scaled_dot_product_attention: no [T, S] matrix is kept. See `nemotron_h.ops.attention.attention`."""
+    _check_places(q_BTQd, k_BKSd, visible, causal, past, window)
     repeats = q_BTQd.shape[2] // k_BKSd.shape[1]
     if q_BTQd.shape[1] == 1:  # one query: its R heads per key head are R rows of one product, no key is copied
+        first = 0 if window is None else max(0, past + 1 - window)
         q_BKRd = q_BTQd[:, 0].unflatten(1, (-1, repeats))
-        y_BKRd = F.scaled_dot_product_attention(q_BKRd, k_BKSd, v_BKSd, attn_mask=visible, dropout_p=dropout)
+        y_BKRd = F.scaled_dot_product_attention(
+            q_BKRd, k_BKSd[:, :, first:], v_BKSd[:, :, first:], attn_mask=visible, dropout_p=dropout
+        )
         return y_BKRd.flatten(1, 2)[:, None]
     k_BQSd, v_BQSd = k_BKSd.repeat_interleave(repeats, dim=1), v_BKSd.repeat_interleave(repeats, dim=1)
     q_BQTd = q_BTQd.transpose(1, 2)
-    if visible is None or q_BTQd.shape[1] <= BLOCK or not _readable(visible):
+    if causal and (past or window is not None):
+        y_BQTd = _behind(q_BQTd, k_BQSd, v_BQSd, dropout, past, window)
+    elif visible is None or q_BTQd.shape[1] <= BLOCK or not _readable(visible):
         y_BQTd = F.scaled_dot_product_attention(
             q_BQTd, k_BQSd, v_BQSd, attn_mask=visible, dropout_p=dropout, is_causal=causal
         )
@@ -32,6 +60,35 @@ def attention(
         parts = zip(q_BQTd.split(BLOCK, dim=2), visible.split(BLOCK, dim=2), strict=True)
         y_BQTd = torch.cat([_block(q, k_BQSd, v_BQSd, seen, dropout) for q, seen in parts], dim=2)
     return y_BQTd.transpose(1, 2)
+
+
+def _check_places(
+    q_BTQd: Tensor, k_BKSd: Tensor, visible: Tensor | None, causal: bool, past: int, window: int | None
+) -> None:
+    reason = misplaced(q_BTQd.shape[1], k_BKSd.shape[2], visible, causal, past, window)
+    if reason is not None:
+        raise InputError(f"attention: {reason}.")
+
+
+def _seen(queries: int, keys: int, past: int, window: int | None, device: torch.device) -> Tensor:
+    """Which of the first keys [T, S] queries at positions past .. past + T - 1 see."""
+    age_TS = torch.arange(past, past + queries, device=device)[:, None] - torch.arange(keys, device=device)
+    return age_TS >= 0 if window is None else (age_TS >= 0) & (age_TS < window)
+
+
+def _behind(
+    q_BQTd: Tensor, k_BQSd: Tensor, v_BQSd: Tensor, dropout: float, past: int, window: int | None
+) -> Tensor:
+    """Causal attention behind a past or within a window: a mask for a block of queries and the keys it sees at a time."""
+    queries, parts = q_BQTd.shape[2], []
+    step = queries if tracing() else BLOCK
+    for t in range(0, queries, step):
+        q_BQbd = q_BQTd[:, :, t : t + step]
+        first, end = 0 if window is None else max(0, past + t + 1 - window), past + t + q_BQbd.shape[2]
+        seen = _seen(q_BQbd.shape[2], end - first, past + t - first, window, q_BQTd.device)
+        k, v = k_BQSd[:, :, first:end], v_BQSd[:, :, first:end]
+        parts.append(F.scaled_dot_product_attention(q_BQbd, k, v, attn_mask=seen, dropout_p=dropout))
+    return torch.cat(parts, dim=2)
 
 
 def _readable(visible: Tensor) -> bool:
@@ -56,25 +113,35 @@ def attention_int8(
     visible: Tensor | None,
     causal: bool,
     dropout: float,
+    past: int = 0,
+    window: int | None = None,
 ) -> Tensor:
     """Of int8 rows [B, K, S, d] times scales [B, K, S]: in the queries' dtype."""
     k_BKSd, v_BKSd = (
         Int8Rows(rows, scale).dequantized(q_BTQd.dtype)
         for rows, scale in ((k_BKSd, k_scale_BKS), (v_BKSd, v_scale_BKS))
     )
-    return attention(q_BTQd, k_BKSd, v_BKSd, visible, causal, dropout)
+    return attention(q_BTQd, k_BKSd, v_BKSd, visible, causal, dropout, past, window)
 
 
 def attention_weights(
-    q_BTQd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, visible: Tensor | None, causal: bool, dropout: float
+    q_BTQd: Tensor,
+    k_BKSd: Tensor,
+    v_BKSd: Tensor,
+    visible: Tensor | None,
+    causal: bool,
+    dropout: float,
+    past: int = 0,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same from explicit probabilities, which are returned before dropout."""
+    _check_places(q_BTQd, k_BKSd, visible, causal, past, window)
     dtype = torch.promote_types(q_BTQd.dtype, torch.float32)
     queries, _, size = q_BTQd.shape[1:]
     q_BKRTd = q_BTQd.transpose(1, 2).unflatten(1, (k_BKSd.shape[1], -1)).to(dtype)
     scores_BKRTS = q_BKRTd @ k_BKSd.to(dtype)[:, :, None].transpose(-1, -2) * size**-0.5
     if causal:
-        visible = torch.ones(queries, queries, dtype=torch.bool, device=q_BTQd.device).tril()
+        visible = _seen(queries, k_BKSd.shape[2], past, window, q_BTQd.device)
     scores_BQTS = scores_BKRTS.flatten(1, 2)
     if visible is not None:
         scores_BQTS = scores_BQTS.masked_fill(~visible, -torch.inf)
