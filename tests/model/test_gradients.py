@@ -96,6 +96,38 @@ def test_attention(weights: bool, causal: bool) -> None:
     assert torch.autograd.gradcheck(call, (q, k, v))
 
 
+@pytest.mark.parametrize(("tokens", "past"), [(1, 40), (5, 3), (300, 0), (300, 77), (600, 300)])
+@pytest.mark.parametrize("window", [None, 1, 30, 2000])
+def test_attention_behind_a_past(tokens: int, past: int, window: int | None) -> None:
+    """Values and gradients are those of a mask that says the same, in every form."""
+    slots = past + tokens
+    q, k, v = leaves((2, tokens, 4, 3), (2, 2, slots, 3), (2, 2, slots, 3))
+    age = torch.arange(past, slots)[:, None] - torch.arange(slots)
+    visible = (age >= 0) & (age < (window or slots))
+    place = {"causal": True, "past": past, "window": window}
+    plain = attention(q, k, v, visible, return_weights=True)
+    shown = attention(q, k, v, **place, return_weights=True)
+    assert torch.equal(shown.output, plain.output)
+    assert torch.equal(shown.weights, plain.weights)
+    ours = attention(q, k, v, **place).output
+    assert_close(ours, plain.output, "values", BOUND64)
+    for a, b in zip(*(torch.autograd.grad(y.pow(3).sum(), (q, k, v)) for y in (ours, plain.output)), strict=True):
+        assert_close(a, b, "gradients", BOUND64)
+
+
+def test_attention_behind_a_past_compiled() -> None:
+    """One graph for all lengths, no mask known beforehand."""
+    q, k, v = leaves((1, 20, 4, 3), (1, 2, 70, 3), (1, 2, 70, 3))
+
+    @torch.compile(backend="eager", fullgraph=True, dynamic=True)
+    def call(q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:
+        return attention(q, k, v, causal=True, past=past, window=9).output
+
+    for slots in (70, 53, 41):
+        expected = attention(q, k[:, :, :slots], v[:, :, :slots], causal=True, past=slots - 20, window=9).output
+        assert_close(call(q, k[:, :, :slots], v[:, :, :slots], slots - 20), expected, bound=BOUND64)
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("slots", [300, 513, 700])
 def test_attention_in_blocks_of_queries(rows: int, slots: int) -> None:

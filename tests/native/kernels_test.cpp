@@ -248,6 +248,10 @@ void attention() {
         Array<float> scratch(heads * 2 * T * repeats * (48 + 2) + 16);
         kernels.attention(&shape, q.data(), dtype, k.data(), v.data(), dtype, nullptr, nullptr, nullptr, scratch.get(),
                           out.data());
+        Output many(T * Q * d, dtype);
+        Array<float> slot(attention_prefill_scratch(d, 1));
+        kernels.attention_prefill(&shape, q.data(), dtype, k.data(), v.data(), dtype, nullptr, nullptr, nullptr,
+                                  slot.get(), many.data());
         Doubles expected(T * Q * d);
         for (size_t i = 0; i < T * Q; ++i) {
             const size_t head = i % Q / repeats;
@@ -262,6 +266,7 @@ void attention() {
             for (size_t c = 0; c < d; ++c) expected[i * d + c] /= total;
         }
         compare(with("attention", dtype), out, expected, dtype == Dtype::float32 ? 5e-6 : 4e-3);
+        compare(with("attention_prefill", dtype), many, expected, dtype == Dtype::float32 ? 5e-6 : 4e-3);
     }
 }
 
