@@ -53,7 +53,7 @@ void attend_block(const Call<Q, T>& call, size_t items, size_t item) {
     }
 }
 
-// Output row `index` of [batch][query][query head].
+// Output row `index` of [batch][query][query head]: its blocks, one after the other, wherever they were computed.
 template <typename Q, typename T>
 void combine(const Call<Q, T>& call, size_t items, size_t index) {
     const AttentionShape& a = call.a;

@@ -1,5 +1,9 @@
-// What rows of queries make of one block of 256 keys: m, the largest score; s, the sum of exp(score - m); and the values
-// weighted by it. `merge` then puts a row's blocks together, in the order of keys, in any kernel alike.
+// What rows of queries make of one block of 256 keys: m, the largest score; s, the sum of exp(score - m); and the
+// values weighted by it. `merge` then puts a row's blocks together, in the order of keys, in any kernel alike.
+//
+// A softmax over all keys needs its largest score first. A block needs only its own: with m and s beside them, two
+// blocks' results are brought to one scale afterwards, exp(score - m) = exp(score - m') · exp(m' - m), so scores are
+// forgotten block by block.
 //
 // Blocks start at multiples of 256, whatever a query sees; a key that a query does not see has weight zero, and adding
 // zero changes nothing. So neither the other queries nor the length of the buffer nor what lies in its unseen slots
@@ -28,6 +32,7 @@ struct Call {
     float scale() const { return static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(a.size))); }
 };
 
+// The same before anybody looked at the dtypes: six instances of every kernel, of which `run` gets the right one.
 struct Untyped {
     const AttentionShape* shape;
     const void* q;
@@ -52,21 +57,22 @@ struct Untyped {
     }
     template <typename Q, typename T>
     Call<Q, T> as() const {
-        return {*shape,  static_cast<const Q*>(q), static_cast<const T*>(k), static_cast<const T*>(v), k_scale, v_scale,
-                visible, scratch,                  static_cast<Q*>(out)};
+        const T *keys = static_cast<const T*>(k), *values = static_cast<const T*>(v);
+        return {*shape, static_cast<const Q*>(q), keys, values, k_scale, v_scale, visible, scratch, static_cast<Q*>(out)};
     }
 };
 
-// What queries see of one block; bit i of word j is key 32 j + i.
+// What queries see of one block, a word of 32 bits for every query and tile: bit i of word j is key 32 j + i.
+// Causality, a window and a mask all end up as bits, a few instructions for 32 keys; what follows knows nothing else.
 struct Sight {
-    size_t first_query, keys;             // keys: of the block, 256 or fewer at the end
-    uint32_t seen[max_queries][tiles];    // of query first_query + t
-    uint32_t any[tiles];                  // by some query
-    bool differs[tiles];                  // the queries differ about the tile
-    size_t used;                          // tiles up to the last one that is seen
+    size_t first_query, keys;           // keys: of the block, 256 or fewer at the end
+    uint32_t seen[max_queries][tiles];  // of query first_query + t
+    uint32_t any[tiles];                // by some query
+    bool differs[tiles];                // the queries differ about the tile
+    size_t used;                        // tiles up to the last one that is seen
 };
 
-// Keys [first, end) of the call that query t may see by its place alone.
+// Keys [first, end) of the call that query t may see by its place alone: the last `window` of 0 .. past + t.
 struct Span {
     size_t first, end;
 };
@@ -126,7 +132,8 @@ inline bool look(const AttentionShape& a, const uint8_t* visible, size_t batch, 
     return sight.used != 0;
 }
 
-// What one thread needs for `rows` rows and a block; pointers at 64 bytes.
+// What one thread needs for rows and a block, in memory that the kernel brings: on the stack for the few rows of a
+// decode step, in the caller's scratch for a prompt's.
 struct Work {
     float* scores;  // [row][key of 256]; then the weights
     float* floats;  // a tile of keys, transposed; then of values
@@ -154,7 +161,9 @@ inline void take_queries(const Call<Q, T>& call, size_t batch, size_t head, size
     }
 }
 
-// One block of one key head.
+// One block of one key head, and the rows that visit it together. A tile of keys is transposed once for all of them,
+// and a tile of values widened once; what is left per row is arithmetic. Rows are taken in panels of 32 that fit into
+// L1, and a panel that sees nothing of a tile skips it: above the diagonal of a prompt, nothing is computed.
 template <typename T>
 struct Visit {
     const AttentionShape& a;
@@ -181,7 +190,8 @@ struct Visit {
                 work};
     }
 
-    // Of rows [begin, end), whose queries lie in work.q: stats [row][m, s] and acc [row][channel].
+    // Of rows [begin, end), whose queries lie in work.q: stats [row][m, s] and acc [row][channel]. First all scores,
+    // then all weights, then all values: each phase streams through the tiles in order.
     void run(size_t begin, size_t end, float* stats, float* acc) const {
         for (size_t j = 0; j < sight.used; ++j)
             if (sight.any[j] != 0) score_tile(j, begin, end);
@@ -256,7 +266,7 @@ inline void start(float* stats, float* acc, size_t width) {
     for (size_t c = 0; c < width; c += lanes) store(acc + c, fill(0.0f));
 }
 
-// Adds the next block: the side with the smaller m is multiplied by exp(the difference), the other by one, which is NaN
+// Adds the next block. The side with the smaller m is multiplied by exp(the difference), the other by one, which is NaN
 // where m is infinite. Zero is added to what was there before, so that a block's -0 (a subnormal that was flushed) is
 // the zero that it would be without.
 inline void merge(float* stats, float* acc, const float* block_stats, const float* block_acc, size_t width) {

@@ -1,12 +1,12 @@
 // Attention of many queries: the same arithmetic as attention.cpp, bit for bit, in another order of work.
 //
-// Here the multipliers are the bound: 4·d of them a visible pair of query and key, 16 d of each byte that is read. The
-// items of the pool are (batch, key head, 128 rows); each goes through the blocks of keys that its rows see and keeps
-// one running result per row, so memory beside the operands is a fixed amount per thread, whatever the lengths: no
+// Here the multipliers are the bound: 2·d multiply-adds a visible pair, and with 128 rows 64 of them for a byte that is
+// read. The items of the pool are (batch, key head, 128 rows); each goes through the blocks of keys that its rows see and
+// keeps one running result per row, so memory beside the operands is a fixed amount per thread, whatever the lengths: no
 // matrix of queries by keys exists, nor a mask, where causality and the window say what is seen.
 //
 // 128 rows share a transposed tile of keys, which then costs 2 % of what is computed with it; their queries, scores and
-// sums, 390 KB with d = 128, live in L2, and the tile and one panel of 32 rows in L1. Tiles that no row of a panel sees
+// sums, 330 KB with d = 128, live in L2, and the tile and one panel of 32 rows in L1. Tiles that no row of a panel sees
 // are skipped: along the diagonal of a causal mask, half a tile is computed in vain.
 #include "../pool.h"
 #include "attention_block.h"
@@ -17,7 +17,8 @@ namespace {
 
 constexpr size_t most_rows = attention_prefill_rows;
 
-// A thread's buffers, one of a.slots in the scratch memory. More threads than slots would wait for one another.
+// A thread's buffers, one of a.slots in the scratch memory, which begins with a flag for each. The pool does not say
+// which thread runs an item, so an item takes whichever slot is free; more threads than slots would wait their turn.
 class Slot {
   public:
     Slot(float* scratch, const AttentionShape& a) : taken_(flags(scratch)) {
@@ -52,7 +53,9 @@ class Slot {
     size_t index_;
 };
 
-// Rows [begin, end) of one key head, through all blocks that they see.
+// Rows [begin, end) of one key head, through all blocks that they see. Rows count query by query (row t·R + h is head h
+// of query t), so an item may begin and end within a query's heads, and all panels but the last are full. The queries
+// are transposed once, and stay; the keys come by.
 template <typename Q, typename T>
 void attend_rows(const Call<Q, T>& call, size_t batch, size_t head, size_t begin, size_t end) {
     const AttentionShape& a = call.a;
@@ -66,7 +69,8 @@ void attend_rows(const Call<Q, T>& call, size_t batch, size_t head, size_t begin
         if (!look(a, call.visible, batch, first, first_query, last_query - first_query + 1, sight)) continue;
         Visit<T>::of(call, batch, head, first, sight, slot.work).run(begin, end, slot.block_stats, slot.block_acc);
         for (size_t r = 0; r < end - begin; ++r)
-            merge(slot.stats + 2 * r, slot.acc + r * width, slot.block_stats + 2 * r, slot.block_acc + r * width, width);
+            merge(slot.stats + 2 * r, slot.acc + r * width, slot.block_stats + 2 * r, slot.block_acc + r * width,
+                  width);
     }
     for (size_t r = begin; r < end; ++r) {
         const size_t t = r / a.repeats, query_head = head * a.repeats + r % a.repeats;
@@ -75,7 +79,8 @@ void attend_rows(const Call<Q, T>& call, size_t batch, size_t head, size_t begin
     }
 }
 
-// Fewer rows an item where there would be too few items for the threads.
+// Fewer rows an item where there would be too few items for the threads: fewer then share a tile's transposition, which
+// takes a tenth of the time with 32. No bit depends on it.
 size_t rows_per_item(const AttentionShape& a) {
     size_t rows = most_rows;
     while (rows > panel && a.batch * a.heads * (a.queries * a.repeats / rows) < 4 * a.slots) rows /= 2;
