@@ -46,8 +46,8 @@ def attention(
     """`softmax(q·kᵀ / sqrt(d)) v` with the softmax in float32; query head h uses key head h // (Q/K).
 
     The kernel takes any number of queries and keys, in bounded memory: no [T, S] matrix exists. A row of its result
-    depends on its own query and the keys that it sees, bit for bit: not on the level, the number of queries in the call,
-    which other ones they are, or what lies in unseen slots.
+    depends on its own query and the keys that it sees, bit for bit: not on the level, the number of queries in the
+    call, which other ones they are, or what lies in unseen slots.
 
     Args:
         k_BKSd, v_BKSd: Tensors, any strides as long as a position's d channels are contiguous; or both `Int8Rows`.

@@ -76,10 +76,8 @@ def _seen(queries: int, keys: int, past: int, window: int | None, device: torch.
     return age_TS >= 0 if window is None else (age_TS >= 0) & (age_TS < window)
 
 
-def _behind(
-    q_BQTd: Tensor, k_BQSd: Tensor, v_BQSd: Tensor, dropout: float, past: int, window: int | None
-) -> Tensor:
-    """Causal attention behind a past or within a window: a mask for a block of queries and the keys it sees at a time."""
+def _behind(q_BQTd: Tensor, k_BQSd: Tensor, v_BQSd: Tensor, dropout: float, past: int, window: int | None) -> Tensor:
+    """Causal attention behind a past or within a window: one mask at a time, of a block of queries and its keys."""
     queries, parts = q_BQTd.shape[2], []
     step = queries if tracing() else BLOCK
     for t in range(0, queries, step):
