@@ -130,6 +130,7 @@ NB_MODULE(_native, m) {
     m.def("attention_prefill_scratch", &attention_prefill_scratch);
     m.def("advise_huge_pages", [](uintptr_t p, size_t bytes) { return advise_huge_pages(address<void>(p), bytes); });
     m.def("mamba_block_scratch", [](uintptr_t b, size_t rows) { return block_scratch(*address<const MambaBlock>(b), rows); });
+    m.def("attention_block_scratch", [](uintptr_t b, size_t rows) { return block_scratch(*address<const AttentionBlock>(b), rows); });
     m.def("mlp_block_scratch", [](uintptr_t b, size_t rows) { return block_scratch(*address<const MlpBlock>(b), rows); });
     m.def("moe_block_scratch", [](uintptr_t b, size_t rows) { return block_scratch(*address<const MoeBlock>(b), rows); });
     bind_guard(m);
@@ -143,6 +144,8 @@ NB_MODULE(_native, m) {
     def_kernel<Gil::keep>(table, "decay_rate", &Kernels::decay_rate);
     def_kernel<Gil::release>(table, "mamba_step", &Kernels::mamba_step);
     def_kernel<Gil::release>(table, "mamba_block", &Kernels::mamba_block);
+    def_kernel<Gil::release>(table, "attention_inputs", &Kernels::attention_inputs);
+    def_kernel<Gil::release>(table, "attention_output", &Kernels::attention_output);
     def_kernel<Gil::release>(table, "mlp_block", &Kernels::mlp_block);
     def_kernel<Gil::release>(table, "moe_block", &Kernels::moe_block);
     def_kernel<Gil::release>(table, "experts", &Kernels::experts);

@@ -29,6 +29,11 @@ struct MambaBlock {
     double low, high, eps;
 };
 
+struct AttentionBlock {
+    BlockNorm norm;
+    Matrix q, k, v, o;
+};
+
 struct MlpBlock {
     BlockNorm norm;
     Matrix up, down;
@@ -48,6 +53,7 @@ struct MoeBlock {
 
 // Bytes of scratch for so many rows, 64-byte aligned.
 size_t block_scratch(const MambaBlock& block, size_t rows) noexcept;
+size_t block_scratch(const AttentionBlock& block, size_t rows) noexcept;  // of either of its two kernels
 size_t block_scratch(const MlpBlock& block, size_t rows) noexcept;
 size_t block_scratch(const MoeBlock& block, size_t rows) noexcept;
 

@@ -174,28 +174,36 @@ using MambaBlockStep = void(const MambaBlock* block, const void* x, Dtype dtype,
                             size_t window_batch, size_t window_channel, size_t window_step, const void* state,
                             Dtype state_dtype, void* out_state, Dtype out_dtype, void* new_window, void* out,
                             void* scratch) noexcept;
+// Attention's block comes in two: norm and the projections of x, and the projection back added to x. Between them the cache
+// takes keys and values, and `attention` runs.
+using AttentionInputs = void(const AttentionBlock* block, const void* x, Dtype dtype, size_t rows, void* q, void* k, void* v,
+                             void* scratch) noexcept;
+using AttentionOutput = void(const AttentionBlock* block, const void* x, const void* heads, Dtype dtype, size_t rows,
+                             void* out, void* scratch) noexcept;
 using MlpBlockStep = void(const MlpBlock* block, const void* x, Dtype dtype, size_t rows, void* out, void* scratch) noexcept;
 using MoeBlockStep = void(const MoeBlock* block, const void* x, Dtype dtype, size_t rows, void* out, void* scratch) noexcept;
 
 // One line per kernel: its type and its name. The table, the declarations and isa.cpp follow from it.
-#define NEMOTRON_H_KERNELS(kernel)       \
-    kernel(RmsNorm, rms_norm)            \
-    kernel(Router, router)               \
-    kernel(Sample, sample)               \
-    kernel(Linear, linear)               \
-    kernel(Experts, experts)             \
-    kernel(Pack, pack)                   \
-    kernel(SsdStep, ssd_step)            \
-    kernel(SsdScan, ssd_scan)            \
-    kernel(CausalConv1d, causal_conv1d)  \
-    kernel(GatedRmsNorm, gated_rms_norm) \
-    kernel(TimeStep, time_step)          \
-    kernel(DecayRate, decay_rate)        \
-    kernel(MambaStep, mamba_step)        \
-    kernel(MambaBlockStep, mamba_block)  \
-    kernel(MlpBlockStep, mlp_block)      \
-    kernel(MoeBlockStep, moe_block)      \
-    kernel(Attention, attention)         \
+#define NEMOTRON_H_KERNELS(kernel)            \
+    kernel(RmsNorm, rms_norm)                 \
+    kernel(Router, router)                    \
+    kernel(Sample, sample)                    \
+    kernel(Linear, linear)                    \
+    kernel(Experts, experts)                  \
+    kernel(Pack, pack)                        \
+    kernel(SsdStep, ssd_step)                 \
+    kernel(SsdScan, ssd_scan)                 \
+    kernel(CausalConv1d, causal_conv1d)       \
+    kernel(GatedRmsNorm, gated_rms_norm)      \
+    kernel(TimeStep, time_step)               \
+    kernel(DecayRate, decay_rate)             \
+    kernel(MambaStep, mamba_step)             \
+    kernel(MambaBlockStep, mamba_block)       \
+    kernel(AttentionInputs, attention_inputs) \
+    kernel(AttentionOutput, attention_output) \
+    kernel(MlpBlockStep, mlp_block)           \
+    kernel(MoeBlockStep, moe_block)           \
+    kernel(Attention, attention)              \
     kernel(Attention, attention_prefill)
 
 struct Kernels {

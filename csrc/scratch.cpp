@@ -37,6 +37,11 @@ size_t block_scratch(const MambaBlock& b, size_t rows) noexcept {
            padded(b.H * sizeof(float)) + larger(step, larger(scratch_of(b.in_proj, rows), scratch_of(b.out_proj, rows)));
 }
 
+size_t block_scratch(const AttentionBlock& b, size_t rows) noexcept {
+    const size_t ins = larger(scratch_of(b.q, rows), larger(scratch_of(b.k, rows), scratch_of(b.v, rows)));
+    return padded(rows * b.norm.size * widest) + larger(ins, scratch_of(b.o, rows));
+}
+
 size_t block_scratch(const MlpBlock& b, size_t rows) noexcept {
     return padded(rows * b.norm.size * widest) + padded(rows * b.up.rows * widest) +
            larger(scratch_of(b.up, rows), scratch_of(b.down, rows));

@@ -78,6 +78,26 @@ void mamba_block(const MambaBlock* block, const void* x, Dtype dtype, size_t bat
     add_rows(x, hidden, out, rows * b.norm.size, dtype);
 }
 
+void attention_inputs(const AttentionBlock* block, const void* x, Dtype dtype, size_t rows, void* q, void* k, void* v,
+                      void* scratch) noexcept {
+    const AttentionBlock& b = *block;
+    Pieces pieces{static_cast<char*>(scratch)};
+    void* const hidden = pieces.take(rows * b.norm.size * size_of(dtype));
+    normed(b.norm, x, dtype, rows, hidden);
+    product(b.q, hidden, dtype, rows, Activation::none, q, pieces.at);
+    product(b.k, hidden, dtype, rows, Activation::none, k, pieces.at);
+    product(b.v, hidden, dtype, rows, Activation::none, v, pieces.at);
+}
+
+void attention_output(const AttentionBlock* block, const void* x, const void* heads, Dtype dtype, size_t rows, void* out,
+                      void* scratch) noexcept {
+    const AttentionBlock& b = *block;
+    Pieces pieces{static_cast<char*>(scratch)};
+    void* const hidden = pieces.take(rows * b.norm.size * size_of(dtype));
+    product(b.o, heads, dtype, rows, Activation::none, hidden, pieces.at);
+    add_rows(x, hidden, out, rows * b.norm.size, dtype);
+}
+
 void mlp_block(const MlpBlock* block, const void* x, Dtype dtype, size_t rows, void* out, void* scratch) noexcept {
     const MlpBlock& b = *block;
     Pieces pieces{static_cast<char*>(scratch)};

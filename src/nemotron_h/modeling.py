@@ -225,24 +225,30 @@ class NemotronHAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, layout: Layout | None = None, cache: caches.AttentionLayer | None = None
     ) -> Tensor:
-        layout = layout or Layout(hidden_states.shape[1])
+        q_BTX, k_BTX, v_BTX = (project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(self.attend(q_BTX, k_BTX, v_BTX, layout or Layout(hidden_states.shape[1]), cache))
+
+    fused, fused_step = forward, "attention"
+
+    def attend(
+        self, q_BTX: Tensor, k_BTX: Tensor, v_BTX: Tensor, layout: Layout, cache: caches.AttentionLayer | None
+    ) -> Tensor:
+        """Everything between the projections: [B, T, Q·d] of queries [B, T, Q·d], keys and values [B, T, K·d]."""
         heads = (-1, self.head_dim)
-        q_BTQd = self.q_proj(hidden_states).unflatten(-1, heads)
-        k_BKSd = self.k_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
-        v_BKSd = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
+        k_BKSd, v_BKSd = k_BTX.unflatten(-1, heads).transpose(1, 2), v_BTX.unflatten(-1, heads).transpose(1, 2)
         if cache is not None:
             k_BKSd, v_BKSd = cache.append(k_BKSd, v_BKSd)
 
-        seen = layout.visibility(self.sliding_window, hidden_states.device)
+        seen = layout.visibility(self.sliding_window, q_BTX.device)
         wanted = None if layout.recorder is None else layout.recorder.attentions
         result = attention(
-            q_BTQd, k_BKSd, v_BKSd, seen.visible, seen.causal, self.dropout if self.training else 0.0,
-            past=seen.past, window=seen.window,
+            q_BTX.unflatten(-1, heads), k_BKSd, v_BKSd, seen.visible, seen.causal,
+            self.dropout if self.training else 0.0, past=seen.past, window=seen.window,
             return_weights=wanted is not None or self.config._attn_implementation == "eager",
         )  # fmt: skip
         if wanted is not None and result.weights is not None:
             wanted[self.layer_idx] = result.weights
-        return self.o_proj(result.output.flatten(2))
+        return result.output.flatten(2)
 
 
 class NemotronHMLP(nn.Module):

@@ -25,7 +25,7 @@ from nemotron_h.cache import MambaLayer
 from nemotron_h.layout import Layout
 from nemotron_h.ops import _native, settings
 from nemotron_h.ops.activations import activation
-from nemotron_h.ops.block_step import MOST_ROWS, MambaBlock, Matrix, MlpBlock, MoeBlock, Norm
+from nemotron_h.ops.block_step import MOST_ROWS, AttentionBlock, MambaBlock, Matrix, MlpBlock, MoeBlock, Norm
 from nemotron_h.ops.causal_conv1d.native import TAPS
 from nemotron_h.ops.dispatch import DTYPE_CODES, not_plain
 from nemotron_h.ops.linear.native import ARITHMETIC_CODES
@@ -310,7 +310,20 @@ def _experts(parts: _Parts, experts: Any, count: int, width: int, latent: int) -
     )  # fmt: skip
 
 
+def _attention(parts: _Parts, norm: Norm, mixer: Any) -> Callable[..., Tensor | None]:
+    query, key = mixer.q_proj.out_features, mixer.k_proj.out_features
+    widths = {"q_proj": query, "k_proj": key, "v_proj": key}
+    ins = [parts.matrix(mixer, name, rows, norm.size) for name, rows in widths.items()]
+    block = AttentionBlock(tuple(widths.values()), norm, *ins, parts.matrix(mixer, "o_proj", norm.size, query))
+
+    def run(x_BTD: Tensor, layout: Layout, cache: Any) -> Tensor:
+        return block.output(x_BTD, mixer.attend(*block.inputs(x_BTD), layout, cache).contiguous())
+
+    return run
+
+
 _BUILDERS: dict[str, Callable[[_Parts, Norm, Any], Callable[..., Tensor | None]]] = {
+    "attention": _attention,
     "mamba": _mamba,
     "mlp": _mlp,
     "moe": _moe,

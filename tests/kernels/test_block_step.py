@@ -28,9 +28,10 @@ MODELS: list[tuple[dict[str, Any], str | None, torch.dtype]] = [
     ({"n_shared_experts": 0, "use_conv_bias": False}, None, torch.bfloat16),
     ({}, "int4", torch.bfloat16),
     (LATENT, "int8", torch.bfloat16),
+    ({"sliding_window": 3, "attention_bias": True}, "bf16", torch.bfloat16),
     ({"mlp_bias": True, "time_step_limit": (0.01, 0.5)}, "int4", torch.float32),
 ]
-FUSED = ("mamba", "moe", "mlp")
+FUSED = ("mamba", "attention", "moe", "mlp")
 
 
 def made(changes: dict[str, Any], quantization: str | None, dtype: torch.dtype) -> NemotronHForCausalLM:
@@ -237,6 +238,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "shared expert removed": _shared_experts,
     "router bias replaced": _router_bias,
     "dt limit": _value("mamba", "mixer", "time_step_limit", (0.5, 0.6)),
+    "window": _value("attention", "mixer", "sliding_window", 2),
     "eps": _value("mlp", "norm", "eps", 3.0),
     "gated eps": _value("mamba", "mixer.norm", "eps", 3.0),
     "top_k": _value("moe", "mixer.gate", "top_k", 1),

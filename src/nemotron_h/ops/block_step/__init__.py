@@ -4,6 +4,6 @@ There is no reference here: a step has the bits of the block's modules one after
 those run. `nemotron_h.steps` says of which blocks it can.
 """
 
-from nemotron_h.ops.block_step.native import MOST_ROWS, MambaBlock, Matrix, MlpBlock, MoeBlock, Norm
+from nemotron_h.ops.block_step.native import MOST_ROWS, AttentionBlock, MambaBlock, Matrix, MlpBlock, MoeBlock, Norm
 
-__all__ = ["MOST_ROWS", "MambaBlock", "Matrix", "MlpBlock", "MoeBlock", "Norm"]
+__all__ = ["MOST_ROWS", "AttentionBlock", "MambaBlock", "Matrix", "MlpBlock", "MoeBlock", "Norm"]

@@ -88,6 +88,37 @@ class MambaBlock(_Block):
         return out_BTD, window_BWC.transpose(1, 2), out_state
 
 
+class AttentionBlock(_Block):
+    """Fields: Norm; q, k, v, o. Its step comes in two: between them the cache and attention itself."""
+
+    scratch_of = "attention_block_scratch"
+
+    def __init__(self, widths: tuple[int, ...], *fields: Any) -> None:
+        super().__init__(*fields)
+        self._widths = widths
+
+    def inputs(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of the normed x, each [B, T, its width]."""
+        batch, tokens, _ = x_BTD.shape
+        q, k, v = (x_BTD.new_empty(batch, tokens, width) for width in self._widths)
+        threads.sync()
+        work = scratch(self._scratch)
+        _native.kernels().attention_inputs(
+            self.address, x_BTD.data_ptr(), DTYPE_CODES[x_BTD.dtype], batch * tokens, q.data_ptr(), k.data_ptr(),
+            v.data_ptr(), work.data_ptr(),
+        )  # fmt: skip
+        return q, k, v
+
+    def output(self, x_BTD: Tensor, heads: Tensor) -> Tensor:
+        """x plus the projection of the heads' outputs [B, T, Q·d], contiguous."""
+        out_BTD, work = self._out(x_BTD)
+        _native.kernels().attention_output(
+            self.address, x_BTD.data_ptr(), heads.data_ptr(), DTYPE_CODES[x_BTD.dtype],
+            x_BTD.shape[0] * x_BTD.shape[1], out_BTD.data_ptr(), work.data_ptr(),
+        )  # fmt: skip
+        return out_BTD
+
+
 class MlpBlock(_Block):
     """Fields: Norm; up, down, of which up is followed by relu²."""
 
