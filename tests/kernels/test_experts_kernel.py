@@ -103,8 +103,9 @@ def test_packed_bfloat16_has_the_bits_of_plain_rows(
     expected = native.experts(x, ids, weights, up.to(dtype), down.to(dtype), "relu2", *biases)
     panels = [torch.stack([pack(matrix, BF16) for matrix in stack]) for stack in (up, down)]
     for level in _native.levels():
-        args = (x, ids, weights, *panels, BF16, width, "relu2", *biases, "int8")
-        assert torch.equal(native.packed_experts(*args, level=level), expected)
+        args = (x, ids, weights, *panels, BF16, width, "relu2", *biases)
+        assert torch.equal(native.packed_experts(*args, "int8", level=level), expected)
+    assert torch.equal(reference.packed_experts(*args, "int8"), reference.packed_experts(*args, "float32"))
 
 
 def test_experts_in_any_order_and_twice() -> None:
