@@ -207,7 +207,7 @@ class MambaLayer(CacheLayer):
         if torch.is_grad_enabled() or not state_BHPN.is_cpu or state_BHPN.dtype != self.state_dtype:
             return None
         for buffer in self._buffers:
-            if buffer is not state_BHPN:
+            if buffer is not state_BHPN and buffer.shape == state_BHPN.shape:
                 return buffer
         buffer = torch.empty_like(state_BHPN, memory_format=torch.contiguous_format)
         self._buffers = [*(kept for kept in self._buffers if kept is state_BHPN), buffer]
