@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nemotron_h.ops import _native, threads
-from nemotron_h.ops.attention.reference import misplaced
+from nemotron_h.ops.attention.places import misplaced
 from nemotron_h.ops.dispatch import DTYPE_CODES, not_plain
 
 FEW, MAX_SIZE = 8, 256  # queries, channels; csrc/kernels.h: attention_max_queries, attention_max_size
