@@ -19,6 +19,8 @@
 
 using namespace nemotron_h;
 
+const size_t nemotron_h::read_ahead = 4096;  // isa.cpp has it, which wants the kernels of every level
+
 namespace {
 
 #define GENERIC(type, name) generic::name,
@@ -408,6 +410,85 @@ void experts() {
     }
 }
 
+// Packed experts against the linear kernel on the same panels, which `linear` has held against plain loops.
+void packed_experts() {
+    const size_t M = 3, k = 2, E = 4, L = 70, F = 50;
+    const int64_t ids[M * k] = {2, 3, 0, 3, 2, 0};
+    for (const Packing& p : packings)
+        for (Arithmetic arithmetic : {Arithmetic::integer, Arithmetic::floating}) {
+            Values x(M * L, Dtype::float32), up(E * F * L, Dtype::float32), down(E * L * F, Dtype::float32);
+            Values weights(M * k, Dtype::float32, 0.4f, 0.5f);
+            const size_t up_bytes = (F + 15) / 16 * panel_bytes(p.format, L, 0);
+            const size_t down_bytes = (L + 15) / 16 * panel_bytes(p.format, F, 0);
+            Array<uint8_t> ups(E * up_bytes), downs(E * down_bytes);
+            for (size_t e = 0; e < E; ++e) {
+                kernels.pack(up.f() + e * F * L, F, L, p.format, ups.get() + e * up_bytes);
+                kernels.pack(down.f() + e * L * F, L, F, p.format, downs.get() + e * down_bytes);
+            }
+            Output out(M * L, Dtype::float32);
+            Array<uint8_t> scratch(experts_scratch(M, k, E, L, F, p.format, arithmetic));
+            const bool legal = kernels.experts(x.data(), x.dtype, L, M, k, E, ids, weights.f(), ups.get(), up_bytes,
+                                               downs.get(), down_bytes, p.format, 0, ScaleType::float16, arithmetic, L, F,
+                                               nullptr, nullptr, out.data(), out.dtype, scratch.get());
+            const auto product = [&](const float* in, const Array<uint8_t>& panels, size_t from, size_t N, size_t K,
+                                     Activation activation, float* to) {
+                Array<uint8_t> work(linear_scratch(1, K, p.format, arithmetic));
+                kernels.linear(in, Dtype::float32, K, 1, panels.memory.get() + from, p.format, 0, N, K, 0,
+                               ScaleType::float16, arithmetic, nullptr, Dtype::float32, activation, to, Dtype::float32, N,
+                               work.get());
+            };
+            Doubles expected(M * L);
+            for (size_t i = 0; i < M * k; ++i) {
+                const size_t m = i / k, e = static_cast<size_t>(ids[i]);
+                Array<float> inner(F), outer(L);
+                product(x.f() + m * L, ups, e * up_bytes, F, L, Activation::relu2, inner.get());
+                product(inner.get(), downs, e * down_bytes, L, F, Activation::none, outer.get());
+                for (size_t l = 0; l < L; ++l) expected[m * L + l] += weights[i] * outer[l];
+            }
+            const char* kind = arithmetic == Arithmetic::integer ? " integer" : " floating";
+            compare(std::string("experts ") + p.name + kind, out, expected, legal ? 2e-6 : -1);
+        }
+}
+
+// The fused step gives the bits of its parts, which have been held against plain loops above.
+void mamba_step() {
+    for (Dtype dtype : dtypes) {
+        const size_t T = 2, H = 4, P = 20, G = 2, N = 24, K = 4, inner = H * P, C = inner + 2 * G * N, row = inner + C + H;
+        const size_t wide = dtype == Dtype::float32 ? 4 : 2;
+        Values in(T * row, dtype), conv(C * K, dtype), conv_bias(C, dtype), dt_bias(H, dtype), D(H, dtype);
+        Values norm(inner, dtype), window(C * (K - 1), dtype), state(H * P * N, Dtype::float32);
+        Values A(H, Dtype::float32, 0.4f, -1.0f);
+        Output out(T * inner, dtype), left(H * P * N, Dtype::float32), kept((K - 1) * C, dtype);
+        Array<uint8_t> scratch(4 * T * (C + H + inner) + 256);
+        kernels.mamba_step(in.data(), conv.data(), conv_bias.data(), dt_bias.data(), A.f(), D.data(), norm.data(),
+                           window.data(), state.data(), left.data(), out.data(), kept.data(), 1, T, H, P, G, N, K,
+                           C * (K - 1), K - 1, 1, 0.001f, 5.0f, 1e-5f, dtype, dtype, dtype, dtype, dtype, dtype,
+                           Dtype::float32, Dtype::float32, scratch.get());
+
+        const auto at = [&](const void* p, size_t elements) { return static_cast<const char*>(p) + elements * wide; };
+        Output xBC(T * C, dtype), window_after(kept.halves.size, dtype), after(H * P * N, Dtype::float32);
+        Output expected(T * inner, dtype);
+        Array<float> dt(T * H), y(T * inner);
+        kernels.causal_conv1d(at(in.data(), inner), conv.data(), conv_bias.data(), window.data(), xBC.data(),
+                              window_after.data(), 1, T, C, K, T * row, row, C * (K - 1), K - 1, 1, dtype, dtype, dtype);
+        kernels.time_step(at(in.data(), inner + C), dt_bias.data(), dt.get(), 1, T, H, T * row, row, 0.001f, 5.0f, dtype,
+                          dtype);
+        kernels.ssd_step(xBC.data(), dt.get(), A.f(), at(xBC.data(), inner), at(xBC.data(), inner + G * N), D.data(),
+                         state.data(), after.data(), y.get(), 1, T, H, P, G, N, T * C, C, P, T * C, C, N, T * C, C, N,
+                         dtype, dtype, Dtype::float32, Dtype::float32);
+        kernels.gated_rms_norm(y.get(), in.data(), norm.data(), expected.data(), T, G, inner / G, inner, row, 1e-5f,
+                               Dtype::float32, dtype, dtype);
+        const auto values = [](Output& o) {
+            Doubles found;
+            for (size_t i = 0; i < o.floats.size; ++i) found.push_back(o[i]);
+            return found;
+        };
+        compare(with("mamba_step", dtype), out, values(expected), 0);
+        compare(with("mamba_step window", dtype), kept, values(window_after), 0);
+        compare(with("mamba_step state", dtype), left, values(after), 0);
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -415,8 +496,8 @@ int main() {
         set_threads(threads);
         again = threads != 1;
         Values::state = 1;
-        for (const auto& test : {rms_norm, gated_rms_norm, time_step, causal_conv1d, ssd_step, ssd_scan, attention, router, sample,
-                                 linear, experts})
+        for (const auto& test : {rms_norm, gated_rms_norm, time_step, causal_conv1d, ssd_step, ssd_scan, attention, router,
+                                 sample, linear, experts, packed_experts, mamba_step})
             test();
     }
     std::printf("%d wrong\n", failures);
