@@ -96,7 +96,8 @@ size_t seen_again = 0;
 bool again = false;
 
 void report(const std::string& name, double error, double allowed, uint64_t bits) {
-    const bool ok = error <= allowed && (!again || first_run[seen_again++] == bits);  // false for NaN
+    const bool same = !again || first_run[seen_again++] == bits;
+    const bool ok = error <= allowed && same;  // false for NaN
     failures += !ok;
     if (again && ok) return;
     first_run.push_back(bits);
@@ -366,7 +367,7 @@ void linear() {
                        bias.data(), dtype, Activation::relu2, out.data(), dtype, N, scratch.get());
         Doubles expected = product(x, w, M, N, K);
         for (size_t i = 0; i < M * N; ++i) expected[i] = std::pow(std::max(expected[i] + bias[i % N], 0.0), 2);
-        compare(with("linear", dtype), out, expected, rounding(dtype));
+        compare(with("linear", dtype), out, expected, 3 * rounding(dtype));  // of the product, squared, and of the square
     }
     for (const Packing& p : packings)
         for (Arithmetic arithmetic : {Arithmetic::integer, Arithmetic::floating}) {
@@ -469,8 +470,9 @@ void mamba_step() {
         Output xBC(T * C, dtype), window_after(kept.halves.size, dtype), after(H * P * N, Dtype::float32);
         Output expected(T * inner, dtype);
         Array<float> dt(T * H), y(T * inner);
-        kernels.causal_conv1d(at(in.data(), inner), conv.data(), conv_bias.data(), window.data(), xBC.data(),
-                              window_after.data(), 1, T, C, K, T * row, row, C * (K - 1), K - 1, 1, dtype, dtype, dtype);
+        kernels.causal_conv1d(at(in.data(), inner), conv.data(), conv_bias.data(), window.data(), nullptr, nullptr,
+                              xBC.data(), window_after.data(), 1, T, C, K, T * row, row, C * (K - 1), K - 1, 1, dtype,
+                              dtype, dtype);
         kernels.time_step(at(in.data(), inner + C), dt_bias.data(), dt.get(), 1, T, H, T * row, row, 0.001f, 5.0f, dtype,
                           dtype);
         kernels.ssd_step(xBC.data(), dt.get(), A.f(), at(xBC.data(), inner), at(xBC.data(), inner + G * N), D.data(),
