@@ -6,10 +6,11 @@ import copy
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemotron_h.checkpoint.names import hub_names, stacked_name
 from nemotron_h.configuration import NemotronHConfig
+from nemotron_h.filling import put
 from nemotron_h.initialization import initialize
 from nemotron_h.linears import packed_parameters
 from nemotron_h.modeling import NemotronHForCausalLM
@@ -63,7 +64,7 @@ def random_model(config: NemotronHConfig, quantization: str | None, seed: int = 
         else:
             value = empty_panels((tensor.numel() * tensor.element_size(),)).view(tensor.dtype).view(tensor.shape)
             initialize(name, value, config, generator)
-        _put(model, name, value)
+        put(model, name, value)
     if tied:
         model.tie_weights()
     return model.eval()
@@ -79,11 +80,3 @@ def _random_panels(
     for first in range(drawn, len(flat), drawn):
         flat[first : first + drawn] = flat[: min(drawn, len(flat) - first)]
     return panels
-
-
-def _put(model: nn.Module, name: str, value: Tensor) -> None:
-    parent, _, leaf = name.rpartition(".")
-    module = model.get_submodule(parent)
-    if leaf in module._parameters:
-        value = nn.Parameter(value, requires_grad=value.is_floating_point())
-    setattr(module, leaf, value)

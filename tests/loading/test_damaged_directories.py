@@ -250,7 +250,7 @@ def test_tied_checkpoints(saved: Path, tmp_path: Path) -> None:
 def test_a_tie_that_differs_puts_nothing_anywhere(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = read_config(saved) | {"tie_word_embeddings": True}
     (saved / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("nemotron_h.loading._put", None)
+    monkeypatch.setattr("nemotron_h.filling.put", None)
     with pytest.raises(CheckpointError, match=r"tie_word_embeddings=True, but lm_head\.weight differs"):
         NemotronHForCausalLM.from_pretrained(saved)
 

@@ -9,7 +9,7 @@ import torch
 from loading_cases import read_config
 
 from helpers import tiny_model
-from nemotron_h import NemotronHConfig, NemotronHForCausalLM, NemotronHModel, loading
+from nemotron_h import NemotronHConfig, NemotronHForCausalLM, NemotronHModel, filling
 from nemotron_h.checkpoint.safetensors import TensorReader
 from nemotron_h.errors import ConfigError, UnsupportedError
 
@@ -112,5 +112,5 @@ def test_device_of_the_longest_prefix() -> None:
         ("model.layers.11.norm.weight", "cuda:0"),
         ("lm_head.weight", "meta"),
     ):
-        assert loading._device(places, name) == device
-    assert loading._device(None, "lm_head.weight") == torch.device("cpu")
+        assert filling.device_of(places, name) == device
+    assert filling.device_of(None, "lm_head.weight") == torch.device("cpu")

@@ -9,7 +9,7 @@ import torch
 from loading_cases import SINGLE, Tensors, read_config, read_weights, renamed, stacked, write_weights
 
 from helpers import tiny_config, tiny_model
-from nemotron_h import NemotronHForCausalLM, NemotronHModel, family, loading
+from nemotron_h import NemotronHForCausalLM, NemotronHModel, family, filling
 from nemotron_h.checkpoint.safetensors import TensorReader
 from nemotron_h.errors import CheckpointError
 
@@ -51,8 +51,8 @@ def refusal(directory: Path, tensors: Tensors | None = None, kind: type = Nemotr
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TensorReader, "read", never)
-        patch.setattr(loading, "_put", never)
-        patch.setattr(loading, "_assemble", never)
+        patch.setattr(filling, "put", never)
+        patch.setattr(filling, "_assemble", never)
         with pytest.raises(CheckpointError) as error:
             kind.from_pretrained(directory)
     assert "\n" not in str(error.value)
