@@ -11,9 +11,10 @@ size_t linear_scratch(size_t M, size_t K, Format format, Arithmetic arithmetic) 
 }
 
 size_t experts_scratch(size_t M, size_t k, size_t E, size_t L, size_t F, Format format, Arithmetic arithmetic) noexcept {
+    M = M < experts_piece ? M : experts_piece;
     const size_t V = M * k;
     const bool wide = takes_float(format, arithmetic);
-    return padded((3 * V + 2 * E + 1) * sizeof(size_t)) + padded(E * sizeof(size_t)) + rows_bytes(M, L, wide) +
+    return padded((4 * V + 1 + E) * sizeof(size_t)) + rows_bytes(M, L, wide) +
            rows_bytes(V, F, wide) + padded(V * F * sizeof(float)) + padded(V * L * sizeof(float));
 }
 

@@ -21,6 +21,10 @@ struct Rows {
     int32_t* sums;         // [M][cols / 32]
 
     size_t blocks() const { return cols / block_cols; }
+    Rows from(size_t m) const {
+        if (wide != nullptr) return {cols, wide + m * cols, nullptr, nullptr, nullptr};
+        return {cols, nullptr, q + m * cols, scales + m * blocks(), sums + m * (cols / sum_cols)};
+    }
 };
 
 inline Rows place_rows(size_t M, size_t K, bool wide, char*& scratch) {

@@ -1,5 +1,5 @@
 // A linear layer for a few rows: the weights stream past once, every thread takes panels of 16 output rows (product.h).
-#include "product.h"
+#include "many_rows.h"
 
 namespace nemotron_h {
 namespace NEMOTRON_H_LEVEL {
@@ -31,14 +31,20 @@ void linear(const void* x, Dtype x_dtype, size_t x_stride, size_t M, const void*
     char* at = static_cast<char*>(scratch);
     const Rows rows = place_rows(M, K, takes_float(format, arithmetic), at);
     prepare_rows(x, x_dtype, x_stride, M, K, rows);
-    parallel(weights.panels(), panel_grain(weights), [&](size_t begin, size_t end) {
-        for (size_t panel = begin; panel < end; ++panel) {
-            const size_t n = panel * panel_rows, count = N - n;
-            panel_products(weights, panel, rows, nullptr, M, [&](size_t m, f32x16 y) {
+    const bool many = M > few_rows && takes_many(weights, rows);
+    const size_t width = many ? tile_panels : 1, columns = ceil_div(weights.panels(), width);
+    const size_t blocks = many ? ceil_div(M, rows_of_block(rows)) : 1, per_block = ceil_div(M, blocks);
+    parallel(blocks * columns, ceil_div(panel_grain(weights), width), [&](size_t begin, size_t end) {
+        for (size_t item = begin; item < end; ++item) {
+            const size_t panel = item % columns * width, m0 = item / columns * per_block;
+            const size_t panels = weights.panels() - panel < width ? weights.panels() - panel : width;
+            const size_t count_rows = M - m0 < per_block ? M - m0 : per_block;
+            products(weights, panel, panels, rows.from(m0), nullptr, count_rows, [&](size_t p, size_t m, f32x16 y) {
+                const size_t n = p * panel_rows, count = N - n;
                 y = with_bias(y, bias, bias_dtype, n, count);
                 if (activation == Activation::relu2) y = relu2(rounded(y, x_dtype));
                 if (out_dtype != x_dtype) y = rounded(y, x_dtype);
-                const size_t to = m * out_stride + n;
+                const size_t to = (m0 + m) * out_stride + n;
                 if (out_dtype == Dtype::float32) store_some(static_cast<float*>(out) + to, y, count);
                 else store_some(static_cast<bf16*>(out) + to, y, count);
             });

@@ -337,23 +337,29 @@ inline void panel_product(const Weights& w, size_t panel, const RowPointers& x, 
     }
 }
 
+// Rows first .. first + M of x, or of those that `at` lists.
+inline RowPointers point_to(const Rows& x, const size_t* at, size_t first, size_t M) {
+    RowPointers p{};
+    for (size_t m = 0; m < M; ++m) {
+        const size_t row = at == nullptr ? first + m : at[first + m];
+        if (x.wide != nullptr) {
+            p.wide[m] = x.wide + row * x.cols;
+        } else {
+            p.q[m] = x.q + row * x.cols;
+            p.scales[m] = x.scales + row * x.blocks();
+            p.sums[m] = x.sums + row * (x.cols / sum_cols);
+        }
+    }
+    return p;
+}
+
 // acc[i] of the rows at[0..count) of x, in products of at most `most_rows`.
 template <typename Use>
 inline void panel_products(const Weights& w, size_t panel, const Rows& x, const size_t* at, size_t count, const Use& use) {
     f32x16 acc[most_rows];
     for (size_t first = 0; first < count; first += most_rows) {
         const size_t M = count - first < most_rows ? count - first : most_rows;
-        RowPointers p{};
-        for (size_t m = 0; m < M; ++m) {
-            const size_t row = at == nullptr ? first + m : at[first + m];
-            if (x.wide != nullptr) {
-                p.wide[m] = x.wide + row * x.cols;
-            } else {
-                p.q[m] = x.q + row * x.cols;
-                p.scales[m] = x.scales + row * x.blocks();
-                p.sums[m] = x.sums + row * (x.cols / sum_cols);
-            }
-        }
+        const RowPointers p = point_to(x, at, first, M);
         const bool wide = x.wide != nullptr;
         switch (M) {
             case 1: panel_product<1>(w, panel, p, wide, acc); break;

@@ -17,7 +17,7 @@ from torch import Tensor
 from nemotron_h.errors import InputError, KernelError
 from nemotron_h.ops import _native, dispatch, threads
 from nemotron_h.ops.moe import experts, native, packed_experts, reference
-from nemotron_h.quantization import BF16, INT4, Packing, pack
+from nemotron_h.quantization import BF16, INT4, INT8, Packing, pack
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +106,40 @@ def test_packed_bfloat16_has_the_bits_of_plain_rows(
         args = (x, ids, weights, *panels, BF16, width, "relu2", *biases)
         assert torch.equal(native.packed_experts(*args, "int8", level=level), expected)
     assert torch.equal(reference.packed_experts(*args, "int8"), reference.packed_experts(*args, "float32"))
+
+
+@pytest.mark.parametrize("packing", [BF16, INT8, INT4], ids=lambda p: p.name)
+def test_many_tokens_have_the_bits_of_one(packing: Packing) -> None:
+    """Skewed routing: an expert that all visit, some that few do, some that nobody does; more tokens than one piece."""
+    generator = torch.Generator().manual_seed(1)
+    latent, width, count = 80, 113, 12
+    up = torch.stack([draw(packing, width, latent, generator)[0].panels for _ in range(count)])
+    down = torch.stack([draw(packing, latent, width, generator)[0].panels for _ in range(count)])
+    biases = [torch.randn(count, n, generator=generator) for n in (width, latent)]
+    for tokens, dtype in ((300, torch.bfloat16), (1030, torch.float32)):
+        chosen = (torch.rand(tokens, generator=generator) ** 6 * 9).long() + 1
+        ids = torch.stack([torch.zeros(tokens, dtype=torch.int64), chosen], 1)
+        weights = torch.rand(tokens, 2, generator=generator)
+        wide = torch.full((tokens, latent + 3), torch.nan, dtype=dtype)
+        x = wide[:, 1 : latent + 1]
+        x.copy_(torch.randn(tokens, latent, generator=generator))
+
+        def run(at: slice, level: str | None = None) -> Tensor:
+            args = (up, down, packing, width, "relu2", *biases, "int8")
+            return native.packed_experts(x[at], ids[at], weights[at], *args, level=level)  # noqa: B023
+
+        one = torch.cat([run(slice(t, t + 1)) for t in range(tokens)])
+        for number in (1, 3):
+            _native.extension().set_threads(number)
+            threads._set = torch.get_num_threads()
+            assert torch.equal(run(slice(None)), one)
+        for level in _native.levels():
+            assert torch.equal(run(slice(0, 300), level), one[:300])
+
+
+def test_scratch_has_a_bound() -> None:
+    size = _native.extension().experts_scratch
+    assert size(512, 6, 128, 2688, 1856, 3, 0) == size(100_000, 6, 128, 2688, 1856, 3, 0) < 80 << 20
 
 
 def test_experts_in_any_order_and_twice() -> None:

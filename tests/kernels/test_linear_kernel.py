@@ -17,7 +17,7 @@ from torch import Tensor
 from nemotron_h.errors import KernelError
 from nemotron_h.ops import _native, dispatch, threads
 from nemotron_h.ops.linear import linear, native, packed_linear, reference
-from nemotron_h.quantization import BF16, INT4, INT8, Packing, pack, unpack
+from nemotron_h.quantization import BF16, INT4, INT8, Packing, grouped_packing, pack, unpack
 
 SIZES = (1, 7, 16, 31, 64, 80, 96, 113, 128, 129, 257, 300)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -92,6 +92,64 @@ def test_plain_bits_and_budget(seed: int, m: int, n: int, k: int, dtype: torch.d
         assert torch.equal(native.linear(x[row : row + 1], weight_NK.clone(), bias_N)[0], result[row])
 
 
+MANY = [BF16, INT8, INT4, *(grouped_packing(bits, group, torch.float16, has_min)
+                            for bits, group, has_min in ((4, 32, False), (4, 64, True), (8, 128, True), (8, 32, False)))]  # fmt: skip
+
+
+@pytest.mark.parametrize("packing", MANY, ids=lambda p: p.name)
+def test_every_number_of_rows_has_the_bits_of_one_row(packing: Packing) -> None:
+    """Around the tiles and blocks of many rows, over several slabs of columns and odd sizes, every level and thread."""
+    generator = torch.Generator().manual_seed(4)
+    for n, k in ((16, 64), (33, 1101), (70, 520)):
+        weight, _ = draw(packing, n, k, generator)
+        x = rows(257, k, torch.float32, generator)
+        call = (weight.panels, packing, n, None, "int8")
+        one = torch.cat([native.packed_linear(x[m : m + 1], *call) for m in range(len(x))])
+        for m in (*range(1, 21), 33, 100, 257):
+            assert torch.equal(native.packed_linear(x[:m], *call), one[:m])
+        for level in _native.levels():
+            for count in (1, 3):
+                with_threads(count)
+                for m in (9, 13, 100):
+                    assert torch.equal(native.packed_linear(x[:m], *call, level=level), one[:m])
+
+
+@pytest.mark.parametrize("packing", [BF16, INT8, INT4], ids=lambda p: p.name)
+def test_extreme_integers_and_scales_in_many_rows(packing: Packing) -> None:
+    """Rows whose every int8 is ±127 against weights at the ends of their range, beside rows of zeros and of NaN."""
+    generator = torch.Generator().manual_seed(5)
+    w = torch.randint(0, 2, (40, 300), generator=generator).float() * 2 - 1
+    w[::3] *= torch.exp2(torch.randint(-9, 9, (14, 300), generator=generator).float())
+    panels = pack(w, packing)
+    x = torch.randint(0, 2, (30, 300), generator=generator).float() * 2 - 1
+    x[3], x[5, 7], x[9] = 0, torch.nan, x[9] * 1e30
+    one = torch.cat([native.packed_linear(x[m : m + 1], panels, packing, 40, None, "int8") for m in range(30)])
+    for level in _native.levels():
+        result = native.packed_linear(x, panels, packing, 40, None, "int8", level=level)
+        assert torch.equal(result.isnan(), one.isnan())
+        assert torch.equal(result.nan_to_num(7.0), one.nan_to_num(7.0))
+
+
+@given(
+    seed=st.integers(0, 2**31), m=st.sampled_from((9, 14, 65)), n=st.sampled_from(SIZES), k=st.sampled_from(SIZES),
+    dtype=st.sampled_from(DTYPES), offset=st.integers(0, 3), bias=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=30, deadline=None)
+def test_many_plain_rows_at_a_distance(
+    seed: int, m: int, n: int, k: int, dtype: torch.dtype, offset: int, bias: bool
+) -> None:
+    """The kernel has no bound on rows of plain weights, though the op leaves many of them to PyTorch."""
+    generator = torch.Generator().manual_seed(seed)
+    weight_NK = torch.full((n, k + 2 * offset), torch.nan, dtype=dtype)[:, offset : k + offset]
+    weight_NK.copy_(torch.randn(n, k, generator=generator))
+    x = torch.full((m, k + 5), torch.nan, dtype=dtype)[:, 2 : k + 2]
+    x.copy_(torch.randn(m, k, generator=generator))
+    bias_N = torch.randn(n, generator=generator).to(dtype) if bias else None
+    one = torch.cat([native.linear(x[i : i + 1], weight_NK, bias_N, "relu2") for i in range(m)])
+    for level in _native.levels():
+        assert torch.equal(native.linear(x, weight_NK, bias_N, "relu2", level=level), one)
+
+
 def test_the_order_of_additions_is_the_matrix_units() -> None:
     """For each 32 columns an even and an odd chain of fused multiply-adds from zero; their sum joins the total."""
     generator = torch.Generator().manual_seed(3)
@@ -147,12 +205,12 @@ def test_large_and_odd_sizes(packing: Packing, level: str) -> None:
         assert_in_budget(result, reference.packed_linear(x, *args), reference.packed_linear(x.double(), *args), 8.0)
 
 
-@pytest.mark.parametrize("packing", [BF16, INT4], ids=lambda p: p.name)
+@pytest.mark.parametrize("packing", [BF16, INT8, INT4], ids=lambda p: p.name)
 @pytest.mark.parametrize("level", _native.levels())
 def test_every_output_is_written_and_nothing_else(level: str, packing: Packing) -> None:
     """Through the raw kernel: a poisoned output with a margin, for row counts around the register blocks."""
     generator = torch.Generator().manual_seed(1)
-    for m in (1, 3, 4, 5, 8, 9, 17):
+    for m in (1, 3, 4, 5, 8, 9, 17, 300):
         for n in (1, 15, 16, 17, 40):
             weight, _ = draw(packing, n, 96, generator)
             x, out = rows(m, 96, torch.float32, generator), torch.full((m, n + 3), torch.nan)

@@ -1,0 +1,272 @@
+// The product of two panels with more rows of activations than registers hold: a prompt, a batch, an expert's visitors.
+//
+// product.h takes the weights apart for every 8 rows anew, which for many rows is most of its work. Here a slab of 512 k of
+// two panels is unpacked once, to int8 in 16 KB of the first cache, and met by all rows of a block, a tile of 6 rows and 2
+// panels at a time: 12 sums of integers, 12 of floats and two vectors of weights fill the registers. Every four k cost
+// two loads of weights, six of activations and 12 instructions that multiply, so the multipliers are the bound.
+//
+// The bits are product.h's. Integers are exact within a group in any order, also when each weight has been multiplied by
+// its sign and multiplier first: at most 15 · 8, an int8. The floats then see the same operations in the same order; a
+// sum that waits in memory while other rows have the slab is a float32 there as in a register.
+#pragma once
+
+#include "product.h"
+
+namespace nemotron_h {
+namespace NEMOTRON_H_LEVEL {
+
+// Of a tile of integers. AVX2 has 16 registers of half the size. Floats, with two chains for every sum, take one panel.
+#if defined(__AVX512F__)
+constexpr size_t tile_panels = 2, integer_tile_rows = 6;
+#else
+constexpr size_t tile_panels = 1, integer_tile_rows = 4;
+#endif
+constexpr size_t float_tile_rows = most_rows;
+
+constexpr size_t few_rows = 8;     // up to here product.h reads each weight once and waits for memory
+constexpr size_t slab_cols = 512;  // of bfloat16 half as many, which are as many bytes
+constexpr size_t block_rows = 256, block_bytes = 512 << 10;  // of activations: they stay in the second cache
+
+struct Slab {
+    alignas(64) uint8_t values[slab_cols / 4 * tile_panels * 64];  // [four k][panel][row][k]; bfloat16: [panel][line]
+    alignas(64) float scales[slab_cols / 32 * tile_panels * panel_rows];  // [group][panel][row]
+    alignas(64) float minimums[slab_cols / 32 * tile_panels * panel_rows];
+};
+
+// Rows that are multiplied together. A row of a longer product is a smaller part of a block.
+inline size_t rows_of_block(const Rows& x) {
+    const size_t fitting = block_bytes / (x.cols * (x.wide != nullptr ? sizeof(float) : 1));
+    return fitting < 48 ? 48 : fitting < block_rows ? fitting : block_rows;
+}
+
+inline bool takes_many(const Weights& w, const Rows& x) {
+    if (w.format == Format::bfloat16 || w.format == Format::packed_bf16) return true;
+    return w.format != Format::float32 && x.wide == nullptr;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Columns first .. first + cols of one panel, the p-th of P, to signed bytes.
+
+template <size_t P, bool four, bool own, bool has_min>
+inline void unpack(const uint8_t* panel, const PanelLayout& layout, size_t first, size_t cols, size_t p, Slab& slab) {
+    const uint8_t* from = panel + layout.values + first * panel_rows / (four ? 2 : 1);
+    uint8_t* to = slab.values + 64 * p;
+    for (size_t k = first; k < first + cols; k += multiplier_cols) {
+        Multiplier m{};
+        if constexpr (four && own) m = multiplier(multipliers(panel, layout, k / chunk_cols, k / multiplier_cols % 2));
+        for (size_t i = 0; i < (four ? 4 : 8); ++i, from += 64) {
+            const bytes64 w = load_bytes(from);
+            if constexpr (four) {
+                const bytes64 low = low_nibbles(w), high = high_nibbles(w);
+                store(to, biased(own ? times(low, m) : has_min ? low : minus_eight(low)));
+                store(to + 64 * P, biased(own ? times(high, m) : has_min ? high : minus_eight(high)));
+                to += 2 * 64 * P;
+            } else {
+                store(to, biased(w));
+                to += 64 * P;
+            }
+        }
+    }
+}
+
+template <size_t P>
+inline void unpack(const Weights& w, const uint8_t* panel, const PanelLayout& layout, size_t first, size_t cols, size_t p,
+                   Slab& slab) {
+    const bool own = w.format == Format::int8 || w.format == Format::int4;
+    const bool has_min = w.format == Format::grouped8_min || w.format == Format::grouped4_min;
+    const size_t group = own ? block_cols : w.group;
+    for (size_t k = 0; k < cols; k += group) {
+        const size_t g = (first + k) / group, to = (k / group * P + p) * panel_rows;
+        const f32x16 scale = own ? block_scales(panel + layout.scales + g * panel_rows) : group_scales(panel, g, w.scale_type);
+        store(slab.scales + to, scale);
+        if (has_min) store(slab.minimums + to, load(reinterpret_cast<const float*>(panel + layout.minimums) + g * panel_rows));
+    }
+    switch (w.format) {
+        case Format::int8: return unpack<P, false, true, false>(panel, layout, first, cols, p, slab);
+        case Format::int4: return unpack<P, true, true, false>(panel, layout, first, cols, p, slab);
+        case Format::grouped4: return unpack<P, true, false, false>(panel, layout, first, cols, p, slab);
+        case Format::grouped4_min: return unpack<P, true, false, true>(panel, layout, first, cols, p, slab);
+        default: return unpack<P, false, false, false>(panel, layout, first, cols, p, slab);
+    }
+}
+
+// Columns first .. first + cols of plain rows, in packed bfloat16's order.
+inline void turn_rows(const Weights& w, size_t panel, size_t first, size_t cols, uint8_t* to) {
+    const bf16* row[panel_rows];
+    for (size_t r = 0; r < panel_rows; ++r)
+        row[r] = static_cast<const bf16*>(w.data) + (panel * panel_rows + clamped(r, w.rows - panel * panel_rows)) * w.stride;
+    for (size_t k = first; k < first + cols; k += tile_cols, to += tile_bytes) {
+        f32x16 words[lanes];
+        load_turned(row, k, w.cols - k, words);
+        for (size_t j = 0; j < lanes; ++j) store(reinterpret_cast<float*>(to) + j * lanes, words[j]);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A tile's part of the sums: `cols` columns of x from `first` on. acc: [row][panel][16].
+
+template <size_t P, size_t R, bool has_min>
+inline void integer_tile(const Slab& slab, size_t first, size_t cols, size_t group, const RowPointers& x, float* acc) {
+    f32x16 total[R][P];
+    for (size_t r = 0; r < R; ++r)
+        for (size_t p = 0; p < P; ++p) total[r][p] = load(acc + (r * P + p) * lanes);
+    const uint8_t* values = slab.values;
+    for (size_t k = 0, g = 0; k < cols; k += group, ++g) {
+        const size_t begin = first + k, end = first + (k + group < cols ? k + group : cols);
+        int32_t sum[R] = {};
+        i32x16 dot[R][P];
+        for (size_t r = 0; r < R; ++r) {
+            for (size_t c = begin; c < end; c += sum_cols) sum[r] += x.sums[r][c / sum_cols];
+            for (size_t p = 0; p < P; ++p) dot[r][p] = start_signed(sum[r]);
+        }
+        for (size_t c = begin; c < end; c += sum_cols, values += sum_cols / 4 * 64 * P) {
+#pragma GCC unroll 8
+            for (size_t i = 0; i < sum_cols / 4; ++i) {
+                bytes64 w[P];
+                for (size_t p = 0; p < P; ++p) w[p] = load_bytes(values + 64 * (P * i + p));
+                for (size_t r = 0; r < R; ++r) {
+                    const int32_t four = quad(x.q[r] + c + 4 * i);
+                    for (size_t p = 0; p < P; ++p) dot[r][p] = dot_biased(dot[r][p], w[p], four);
+                }
+            }
+        }
+        for (size_t r = 0; r < R; ++r) {
+            const f32x16 x_scale = fill(x.scales[r][begin / block_cols]);
+            for (size_t p = 0; p < P; ++p) {
+                const size_t at = (g * P + p) * panel_rows;
+                total[r][p] = fma(to_float(dot[r][p]), mul(x_scale, load(slab.scales + at)), total[r][p]);
+                if constexpr (has_min) {
+                    const f32x16 x_sum = mul(to_float(fill_int(sum[r])), x_scale);
+                    total[r][p] = fma(x_sum, load(slab.minimums + at), total[r][p]);
+                }
+            }
+        }
+    }
+    for (size_t r = 0; r < R; ++r)
+        for (size_t p = 0; p < P; ++p) store(acc + (r * P + p) * lanes, total[r][p]);
+}
+
+// bfloat16 in its packed order: two chains for each tile of 32 k.
+template <size_t R>
+inline void float_tile(const uint8_t* lines, size_t first, size_t cols, const RowPointers& x, float* acc) {
+    f32x16 total[R];
+    for (size_t r = 0; r < R; ++r) total[r] = load(acc + r * lanes);
+    for (size_t k = first; k < first + cols; k += tile_cols, lines += tile_bytes) {
+        f32x16 even[R], odd[R];
+        for (size_t r = 0; r < R; ++r) even[r] = odd[r] = fill(0.0f);
+        for (size_t j = 0; j < tile_cols / 2; ++j) add_pair<R>(load_words(lines + 64 * j, 64), x, k + 2 * j, even, odd);
+        for (size_t r = 0; r < R; ++r) total[r] = add(total[r], add(even[r], odd[r]));
+    }
+    for (size_t r = 0; r < R; ++r) store(acc + r * lanes, total[r]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+// run(first row, rows) over tiles of nearly equal height, at least half of `most`, where count > most; `run` is given the
+// height as a constant. Between tiles a share of what the next slab needs is fetched, so that memory works meanwhile.
+struct Next {
+    const uint8_t* at[tile_panels];
+    size_t lines;
+};
+
+template <size_t R>
+struct Height {
+    static constexpr size_t rows = R;
+};
+
+template <size_t most, typename Run>
+inline void for_tiles(size_t count, size_t panels, const Next& next, const Run& run) {
+    const size_t tiles = ceil_div(count, most), low = count / tiles, higher = count % tiles;
+    for (size_t t = 0, row = 0; t < tiles; ++t) {
+        const size_t rows = low + (t < higher ? 1 : 0);
+        switch (rows) {
+            case 2: if constexpr (most <= 4) run(Height<2>(), row); break;
+            case 3: if constexpr (most <= 6) run(Height<3>(), row); break;
+            case 4: run(Height<4>(), row); break;
+            case 5: if constexpr (most >= 5) run(Height<5>(), row); break;
+            case 6: if constexpr (most >= 6) run(Height<6>(), row); break;
+            case 7: if constexpr (most >= 7) run(Height<7>(), row); break;
+            case 8: if constexpr (most >= 8) run(Height<8>(), row); break;
+        }
+        row += rows;
+        for (size_t p = 0; p < panels; ++p)
+            for (size_t i = t * next.lines / tiles; i < (t + 1) * next.lines / tiles; ++i) prefetch(next.at[p] + 64 * i);
+    }
+}
+
+template <size_t P>
+inline void integer_slabs(const Weights& w, size_t panel, const Rows& x, const size_t* at, size_t count, float* acc) {
+    const PanelLayout layout(w.format, w.cols, w.group);
+    const uint8_t* data = static_cast<const uint8_t*>(w.data) + panel * layout.bytes;
+    const bool four = w.format == Format::int4 || w.format == Format::grouped4 || w.format == Format::grouped4_min;
+    const bool own = w.format == Format::int8 || w.format == Format::int4;
+    const bool has_min = w.format == Format::grouped8_min || w.format == Format::grouped4_min;
+    const size_t cols = layout.chunks * chunk_cols, group = own ? block_cols : w.group;
+    Slab slab;
+    for (size_t first = 0; first < cols; first += slab_cols) {
+        const size_t width = cols - first < slab_cols ? cols - first : slab_cols, after = first + width;
+        Next next{{}, slab_cols * panel_rows / (four ? 2 : 1) / 64};
+        for (size_t p = 0; p < P; ++p) {
+            const uint8_t* from = data + p * layout.bytes;
+            unpack<P>(w, from, layout, first, width, p, slab);
+            next.at[p] = after < cols ? from + layout.values + after * panel_rows / (four ? 2 : 1) : from + P * layout.bytes;
+        }
+        for_tiles<integer_tile_rows>(count, P, next, [&](auto height, size_t row) {
+            constexpr size_t R = decltype(height)::rows;
+            const RowPointers rows = point_to(x, at, row, R);
+            float* sums = acc + row * P * lanes;
+            if (has_min) integer_tile<P, R, true>(slab, first, width, group, rows, sums);
+            else integer_tile<P, R, false>(slab, first, width, group, rows, sums);
+        });
+    }
+    if (!own) return;
+    for (size_t m = 0; m < count * P; ++m) {
+        const float* row_scale = reinterpret_cast<const float*>(data + m % P * layout.bytes);
+        store(acc + m * lanes, mul(load(acc + m * lanes), load(row_scale)));
+    }
+}
+
+// Packed bfloat16 is read where it lies; plain rows are transposed into the same order first.
+inline void float_slabs(const Weights& w, size_t panel, const Rows& x, const size_t* at, size_t count, float* acc) {
+    constexpr size_t most_tiles = sizeof(Slab::values) / tile_bytes;
+    const size_t tiles = ceil_div(w.cols, tile_cols);
+    const uint8_t* data = static_cast<const uint8_t*>(w.data) + panel * tiles * tile_bytes;
+    const bool plain = w.format == Format::bfloat16;
+    Slab slab;
+    for (size_t first = 0; first < tiles; first += most_tiles) {
+        const size_t here = tiles - first < most_tiles ? tiles - first : most_tiles;
+        const Next next{{data + (first + here) * tile_bytes}, plain ? 0 : here * tile_bytes / 64};
+        if (plain) turn_rows(w, panel, first * tile_cols, here * tile_cols, slab.values);
+        const uint8_t* lines = plain ? slab.values : data + first * tile_bytes;
+        for_tiles<float_tile_rows>(count, 1, next, [&](auto height, size_t row) {
+            constexpr size_t R = decltype(height)::rows;
+            float_tile<R>(lines, first * tile_cols, here * tile_cols, point_to(x, at, row, R), acc + row * lanes);
+        });
+    }
+}
+
+template <size_t P, typename Use>
+inline void block_product(const Weights& w, size_t panel, const Rows& x, const size_t* at, size_t count, const Use& use) {
+    alignas(64) float acc[block_rows * P * lanes];
+    for (size_t i = 0; i < count * P; ++i) store(acc + i * lanes, fill(0.0f));
+    if (x.wide != nullptr) float_slabs(w, panel, x, at, count, acc);
+    else integer_slabs<P>(w, panel, x, at, count, acc);
+    for (size_t m = 0; m < count; ++m)
+        for (size_t p = 0; p < P; ++p) use(panel + p, m, load(acc + (m * P + p) * lanes));
+}
+
+// use(panel, i, 16 sums) for `panels` (at most tile_panels) panels and the rows at[0..count) of x, at most block_rows.
+template <typename Use>
+inline void products(const Weights& w, size_t panel, size_t panels, const Rows& x, const size_t* at, size_t count,
+                     const Use& use) {
+    if (count > few_rows && takes_many(w, x)) {
+        if (panels == tile_panels && x.wide == nullptr) return block_product<tile_panels>(w, panel, x, at, count, use);
+        for (size_t p = panel; p < panel + panels; ++p) block_product<1>(w, p, x, at, count, use);
+        return;
+    }
+    for (size_t p = panel; p < panel + panels; ++p)
+        panel_products(w, p, x, at, count, [&](size_t m, f32x16 y) { use(p, m, y); });
+}
+
+}  // namespace NEMOTRON_H_LEVEL
+}  // namespace nemotron_h
