@@ -138,8 +138,6 @@ inline i32x16 dot_signed(i32x16 sum, bytes64 w, int32_t quad) {
     return {dot_nibbles(sum.lo, _mm256_abs_epi8(w.lo), _mm256_sign_epi8(a, w.lo)),
             dot_nibbles(sum.hi, _mm256_abs_epi8(w.hi), _mm256_sign_epi8(a, w.hi))};
 }
-inline bytes64 biased(bytes64 w) { return w; }
-inline i32x16 dot_biased(i32x16 sum, bytes64 w, int32_t quad) { return dot_signed(sum, w, quad); }
 inline i32x16 mul_short(i32x16 a, i32x16 m) {
     const __m256i low = _mm256_set1_epi32(0xffff);
     return {_mm256_madd_epi16(a.lo, _mm256_and_si256(m.lo, low)), _mm256_madd_epi16(a.hi, _mm256_and_si256(m.hi, low))};
@@ -180,28 +178,6 @@ inline bytes64 minus_eight(bytes64 w) {
     const __m256i eight = _mm256_set1_epi8(8);
     return {_mm256_sub_epi8(w.lo, eight), _mm256_sub_epi8(w.hi, eight)};
 }
-inline void store(uint8_t* p, bytes64 w) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), w.lo);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p) + 1, w.hi);
-}
-
-struct HalfMultiplier {
-    __m256i words, flip, offset;
-};
-struct Multiplier {
-    HalfMultiplier lo, hi;
-};
-inline HalfMultiplier multiplier(__m256i m) {
-    const __m256i one_byte = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c);
-    const __m256i size = _mm256_abs_epi32(m), flip = _mm256_srai_epi32(m, 31);
-    const __m256i offset = _mm256_xor_si256(_mm256_slli_epi32(size, 3), flip);
-    return {_mm256_or_si256(size, _mm256_slli_epi32(size, 16)), flip, _mm256_shuffle_epi8(offset, one_byte)};
-}
-inline Multiplier multiplier(i32x16 m) { return {multiplier(m.lo), multiplier(m.hi)}; }
-inline __m256i times(__m256i nibbles, const HalfMultiplier& m) {
-    return _mm256_sub_epi8(_mm256_xor_si256(_mm256_mullo_epi16(nibbles, m.words), m.flip), m.offset);
-}
-inline bytes64 times(bytes64 nibbles, const Multiplier& m) { return {times(nibbles.lo, m.lo), times(nibbles.hi, m.hi)}; }
 
 inline f32x16 load_half(const uint16_t* p) {
     const __m128i* q = reinterpret_cast<const __m128i*>(p);
@@ -296,8 +272,6 @@ inline i32x16 dot(i32x16 sum, const bytes64& w, int32_t quad) {
 inline i32x16 dot_nibbles(i32x16 sum, bytes64 w, int32_t quad) { return dot<uint8_t>(sum, w, quad); }
 inline i32x16 start_signed(int32_t) { return fill_int(0); }
 inline i32x16 dot_signed(i32x16 sum, bytes64 w, int32_t quad) { return dot<int8_t>(sum, w, quad); }
-inline bytes64 biased(bytes64 w) { return w; }
-inline i32x16 dot_biased(i32x16 sum, bytes64 w, int32_t quad) { return dot_signed(sum, w, quad); }
 inline i32x16 mul_short(i32x16 a, i32x16 m) {
     for (size_t i = 0; i < lanes; ++i) a.v[i] = static_cast<int16_t>(a.v[i]) * static_cast<int16_t>(m.v[i]);
     return a;
@@ -348,16 +322,6 @@ inline f32x16 byte_as_float(bytes64 w) {
 inline bytes64 minus_eight(bytes64 w) {
     for (size_t i = 0; i < 4 * lanes; ++i) w.v[i] = static_cast<uint8_t>(w.v[i] - 8);
     return w;
-}
-inline void store(uint8_t* p, bytes64 w) { __builtin_memcpy(p, w.v, sizeof w.v); }
-
-struct Multiplier {
-    i32x16 of;
-};
-inline Multiplier multiplier(i32x16 m) { return {m}; }
-inline bytes64 times(bytes64 nibbles, const Multiplier& m) {
-    for (size_t i = 0; i < 4 * lanes; ++i) nibbles.v[i] = static_cast<uint8_t>((nibbles.v[i] - 8) * m.of.v[i / 4]);
-    return nibbles;
 }
 
 // float16 to float32, subnormals included.

@@ -1,4 +1,5 @@
-// A linear layer for a few rows: the weights stream past once, every thread takes panels of 16 output rows (product.h).
+// A linear layer. For a few rows the weights stream past once, every thread taking panels of 16 output rows (product.h);
+// many are multiplied block by block, all panels for each (many_rows.h).
 #include "many_rows.h"
 
 namespace nemotron_h {
@@ -31,9 +32,8 @@ void linear(const void* x, Dtype x_dtype, size_t x_stride, size_t M, const void*
     char* at = static_cast<char*>(scratch);
     const Rows rows = place_rows(M, K, takes_float(format, arithmetic), at);
     prepare_rows(x, x_dtype, x_stride, M, K, rows);
-    const bool many = M > few_rows && takes_many(weights, rows);
-    const size_t width = many ? tile_panels : 1, columns = ceil_div(weights.panels(), width);
-    const size_t blocks = many ? ceil_div(M, rows_of_block(rows)) : 1, per_block = ceil_div(M, blocks);
+    const size_t width = M > few_rows ? tile_panels : 1, columns = ceil_div(weights.panels(), width);
+    const size_t blocks = ceil_div(M, rows_of_block(rows)), per_block = ceil_div(M, blocks);
     parallel(blocks * columns, ceil_div(panel_grain(weights), width), [&](size_t begin, size_t end) {
         for (size_t item = begin; item < end; ++item) {
             const size_t panel = item % columns * width, m0 = item / columns * per_block;

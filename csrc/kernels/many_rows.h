@@ -15,13 +15,13 @@
 namespace nemotron_h {
 namespace NEMOTRON_H_LEVEL {
 
-// Of a tile of integers. AVX2 has 16 registers of half the size. Floats, with two chains for every sum, take one panel.
+// Of a tile. AVX2 has 16 registers of half the size, and without the dot product of bytes integers gain nothing from
+// slabs: there they go through product.h, a block of rows at a time.
 #if defined(__AVX512F__)
-constexpr size_t tile_panels = 2, integer_tile_rows = 6;
+constexpr size_t tile_panels = 2, tile_rows = 6;
 #else
-constexpr size_t tile_panels = 1, integer_tile_rows = 4;
+constexpr size_t tile_panels = 1, tile_rows = 3;
 #endif
-constexpr size_t float_tile_rows = most_rows;
 
 constexpr size_t few_rows = 8;     // up to here product.h reads each weight once and waits for memory
 constexpr size_t slab_cols = 512;  // of bfloat16 half as many, which are as many bytes
@@ -39,11 +39,47 @@ inline size_t rows_of_block(const Rows& x) {
     return fitting < 48 ? 48 : fitting < block_rows ? fitting : block_rows;
 }
 
-inline bool takes_many(const Weights& w, const Rows& x) {
-    if (w.format == Format::bfloat16 || w.format == Format::packed_bf16) return true;
-    return w.format != Format::float32 && x.wide == nullptr;
+inline bool takes_many(const Weights& w, [[maybe_unused]] const Rows& x) {
+#if defined(__AVX512F__)
+    if (x.wide == nullptr) return true;
+#endif
+    return w.format == Format::bfloat16 || w.format == Format::packed_bf16;
 }
 
+// run(first row, rows) over tiles of nearly equal height, at least half of tile_rows, where count > tile_rows; `run` is given the
+// height as a constant. Between tiles a share of what the next slab needs is fetched, so that memory works meanwhile.
+struct Next {
+    const uint8_t* at[tile_panels];
+    size_t lines;
+};
+
+template <size_t R>
+struct Height {
+    static constexpr size_t rows = R;
+};
+
+template <typename Run>
+inline void for_tiles(size_t count, size_t panels, const Next& next, const Run& run) {
+    const size_t tiles = ceil_div(count, tile_rows), low = count / tiles, higher = count % tiles;
+    for (size_t t = 0, row = 0; t < tiles; ++t) {
+        const size_t rows = low + (t < higher ? 1 : 0);
+        switch (rows) {
+#if defined(__AVX512F__)
+            case 6: run(Height<6>(), row); break;
+            case 5: run(Height<5>(), row); break;
+            case 4: run(Height<4>(), row); break;
+#else
+            case 2: run(Height<2>(), row); break;
+#endif
+            case 3: run(Height<3>(), row); break;
+        }
+        row += rows;
+        for (size_t p = 0; p < panels; ++p)
+            for (size_t i = t * next.lines / tiles; i < (t + 1) * next.lines / tiles; ++i) prefetch(next.at[p] + 64 * i);
+    }
+}
+
+#if defined(__AVX512F__)
 // ---------------------------------------------------------------------------------------------------------------------
 // Columns first .. first + cols of one panel, the p-th of P, to signed bytes.
 
@@ -90,20 +126,13 @@ inline void unpack(const Weights& w, const uint8_t* panel, const PanelLayout& la
     }
 }
 
-// Columns first .. first + cols of plain rows, in packed bfloat16's order.
-inline void turn_rows(const Weights& w, size_t panel, size_t first, size_t cols, uint8_t* to) {
-    const bf16* row[panel_rows];
-    for (size_t r = 0; r < panel_rows; ++r)
-        row[r] = static_cast<const bf16*>(w.data) + (panel * panel_rows + clamped(r, w.rows - panel * panel_rows)) * w.stride;
-    for (size_t k = first; k < first + cols; k += tile_cols, to += tile_bytes) {
-        f32x16 words[lanes];
-        load_turned(row, k, w.cols - k, words);
-        for (size_t j = 0; j < lanes; ++j) store(reinterpret_cast<float*>(to) + j * lanes, words[j]);
-    }
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // A tile's part of the sums: `cols` columns of x from `first` on. acc: [row][panel][16].
+
+// Of a group of 128, 64 or 32 columns.
+inline int32_t sum_of(const int32_t* sums, size_t count) {
+    return count == 4 ? sums[0] + sums[1] + (sums[2] + sums[3]) : count == 2 ? sums[0] + sums[1] : sums[0];
+}
 
 template <size_t P, size_t R, bool has_min>
 inline void integer_tile(const Slab& slab, size_t first, size_t cols, size_t group, const RowPointers& x, float* acc) {
@@ -113,10 +142,10 @@ inline void integer_tile(const Slab& slab, size_t first, size_t cols, size_t gro
     const uint8_t* values = slab.values;
     for (size_t k = 0, g = 0; k < cols; k += group, ++g) {
         const size_t begin = first + k, end = first + (k + group < cols ? k + group : cols);
-        int32_t sum[R] = {};
+        int32_t sum[R];
         i32x16 dot[R][P];
         for (size_t r = 0; r < R; ++r) {
-            for (size_t c = begin; c < end; c += sum_cols) sum[r] += x.sums[r][c / sum_cols];
+            sum[r] = sum_of(x.sums[r] + begin / sum_cols, (end - begin) / sum_cols);
             for (size_t p = 0; p < P; ++p) dot[r][p] = start_signed(sum[r]);
         }
         for (size_t c = begin; c < end; c += sum_cols, values += sum_cols / 4 * 64 * P) {
@@ -146,53 +175,7 @@ inline void integer_tile(const Slab& slab, size_t first, size_t cols, size_t gro
         for (size_t p = 0; p < P; ++p) store(acc + (r * P + p) * lanes, total[r][p]);
 }
 
-// bfloat16 in its packed order: two chains for each tile of 32 k.
-template <size_t R>
-inline void float_tile(const uint8_t* lines, size_t first, size_t cols, const RowPointers& x, float* acc) {
-    f32x16 total[R];
-    for (size_t r = 0; r < R; ++r) total[r] = load(acc + r * lanes);
-    for (size_t k = first; k < first + cols; k += tile_cols, lines += tile_bytes) {
-        f32x16 even[R], odd[R];
-        for (size_t r = 0; r < R; ++r) even[r] = odd[r] = fill(0.0f);
-        for (size_t j = 0; j < tile_cols / 2; ++j) add_pair<R>(load_words(lines + 64 * j, 64), x, k + 2 * j, even, odd);
-        for (size_t r = 0; r < R; ++r) total[r] = add(total[r], add(even[r], odd[r]));
-    }
-    for (size_t r = 0; r < R; ++r) store(acc + r * lanes, total[r]);
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
-
-// run(first row, rows) over tiles of nearly equal height, at least half of `most`, where count > most; `run` is given the
-// height as a constant. Between tiles a share of what the next slab needs is fetched, so that memory works meanwhile.
-struct Next {
-    const uint8_t* at[tile_panels];
-    size_t lines;
-};
-
-template <size_t R>
-struct Height {
-    static constexpr size_t rows = R;
-};
-
-template <size_t most, typename Run>
-inline void for_tiles(size_t count, size_t panels, const Next& next, const Run& run) {
-    const size_t tiles = ceil_div(count, most), low = count / tiles, higher = count % tiles;
-    for (size_t t = 0, row = 0; t < tiles; ++t) {
-        const size_t rows = low + (t < higher ? 1 : 0);
-        switch (rows) {
-            case 2: if constexpr (most <= 4) run(Height<2>(), row); break;
-            case 3: if constexpr (most <= 6) run(Height<3>(), row); break;
-            case 4: run(Height<4>(), row); break;
-            case 5: if constexpr (most >= 5) run(Height<5>(), row); break;
-            case 6: if constexpr (most >= 6) run(Height<6>(), row); break;
-            case 7: if constexpr (most >= 7) run(Height<7>(), row); break;
-            case 8: if constexpr (most >= 8) run(Height<8>(), row); break;
-        }
-        row += rows;
-        for (size_t p = 0; p < panels; ++p)
-            for (size_t i = t * next.lines / tiles; i < (t + 1) * next.lines / tiles; ++i) prefetch(next.at[p] + 64 * i);
-    }
-}
 
 template <size_t P>
 inline void integer_slabs(const Weights& w, size_t panel, const Rows& x, const size_t* at, size_t count, float* acc) {
@@ -211,7 +194,7 @@ inline void integer_slabs(const Weights& w, size_t panel, const Rows& x, const s
             unpack<P>(w, from, layout, first, width, p, slab);
             next.at[p] = after < cols ? from + layout.values + after * panel_rows / (four ? 2 : 1) : from + P * layout.bytes;
         }
-        for_tiles<integer_tile_rows>(count, P, next, [&](auto height, size_t row) {
+        for_tiles(count, P, next, [&](auto height, size_t row) {
             constexpr size_t R = decltype(height)::rows;
             const RowPointers rows = point_to(x, at, row, R);
             float* sums = acc + row * P * lanes;
@@ -226,21 +209,71 @@ inline void integer_slabs(const Weights& w, size_t panel, const Rows& x, const s
     }
 }
 
+#endif
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Columns first .. first + cols of plain rows, in packed bfloat16's order.
+inline void turn_rows(const Weights& w, size_t panel, size_t first, size_t cols, uint8_t* to) {
+    const bf16* row[panel_rows];
+    for (size_t r = 0; r < panel_rows; ++r)
+        row[r] = static_cast<const bf16*>(w.data) + (panel * panel_rows + clamped(r, w.rows - panel * panel_rows)) * w.stride;
+    for (size_t k = first; k < first + cols; k += tile_cols, to += tile_bytes) {
+        f32x16 words[lanes];
+        load_turned(row, k, w.cols - k, words);
+        for (size_t j = 0; j < lanes; ++j) store(reinterpret_cast<float*>(to) + j * lanes, words[j]);
+    }
+}
+
+// bfloat16 in its packed order: two chains for each tile of 32 k, whose sum goes to the totals in memory.
+template <size_t P, size_t R>
+inline void float_tile(const uint8_t* const* lines, size_t first, size_t cols, const RowPointers& x, float* acc) {
+    for (size_t k = 0; k < cols; k += tile_cols) {
+        f32x16 even[R][P], odd[R][P];
+        for (size_t r = 0; r < R; ++r)
+            for (size_t p = 0; p < P; ++p) even[r][p] = odd[r][p] = fill(0.0f);
+#pragma GCC unroll 4
+        for (size_t j = 0; j < tile_cols; j += 2) {
+            f32x16 low[P], high[P];
+            for (size_t p = 0; p < P; ++p) {
+                const f32x16 words = load_words(lines[p] + (k + j) * panel_rows * 2, 64);
+                low[p] = first_half(words), high[p] = second_half(words);
+            }
+            for (size_t r = 0; r < R; ++r) {
+                const f32x16 a = fill(x.wide[r][first + k + j]), b = fill(x.wide[r][first + k + j + 1]);
+                for (size_t p = 0; p < P; ++p) even[r][p] = fma(low[p], a, even[r][p]);
+                for (size_t p = 0; p < P; ++p) odd[r][p] = fma(high[p], b, odd[r][p]);
+            }
+        }
+        for (size_t r = 0; r < R; ++r) {
+            for (size_t p = 0; p < P; ++p) {
+                float* total = acc + (r * P + p) * panel_rows;
+                store(total, add(load(total), add(even[r][p], odd[r][p])));
+            }
+        }
+    }
+}
+
 // Packed bfloat16 is read where it lies; plain rows are transposed into the same order first.
+template <size_t P>
 inline void float_slabs(const Weights& w, size_t panel, const Rows& x, const size_t* at, size_t count, float* acc) {
-    constexpr size_t most_tiles = sizeof(Slab::values) / tile_bytes;
-    const size_t tiles = ceil_div(w.cols, tile_cols);
-    const uint8_t* data = static_cast<const uint8_t*>(w.data) + panel * tiles * tile_bytes;
+    constexpr size_t most_tiles = sizeof(Slab::values) / tile_panels / tile_bytes;
+    const size_t tiles = ceil_div(w.cols, tile_cols), bytes = tiles * tile_bytes;
     const bool plain = w.format == Format::bfloat16;
     Slab slab;
     for (size_t first = 0; first < tiles; first += most_tiles) {
         const size_t here = tiles - first < most_tiles ? tiles - first : most_tiles;
-        const Next next{{data + (first + here) * tile_bytes}, plain ? 0 : here * tile_bytes / 64};
-        if (plain) turn_rows(w, panel, first * tile_cols, here * tile_cols, slab.values);
-        const uint8_t* lines = plain ? slab.values : data + first * tile_bytes;
-        for_tiles<float_tile_rows>(count, 1, next, [&](auto height, size_t row) {
+        const uint8_t* lines[P];
+        Next next{{}, plain ? 0 : here * tile_bytes / 64};
+        for (size_t p = 0; p < P; ++p) {
+            uint8_t* turned = slab.values + p * most_tiles * tile_bytes;
+            const uint8_t* packed = static_cast<const uint8_t*>(w.data) + (panel + p) * bytes + first * tile_bytes;
+            if (plain) turn_rows(w, panel + p, first * tile_cols, here * tile_cols, turned);
+            lines[p] = plain ? turned : packed;
+            next.at[p] = packed + here * tile_bytes + (first + here < tiles ? 0 : (P - 1) * bytes);
+        }
+        for_tiles(count, P, next, [&](auto height, size_t row) {
             constexpr size_t R = decltype(height)::rows;
-            float_tile<R>(lines, first * tile_cols, here * tile_cols, point_to(x, at, row, R), acc + row * lanes);
+            float_tile<P, R>(lines, first * tile_cols, here * tile_cols, point_to(x, at, row, R), acc + row * P * lanes);
         });
     }
 }
@@ -249,8 +282,11 @@ template <size_t P, typename Use>
 inline void block_product(const Weights& w, size_t panel, const Rows& x, const size_t* at, size_t count, const Use& use) {
     alignas(64) float acc[block_rows * P * lanes];
     for (size_t i = 0; i < count * P; ++i) store(acc + i * lanes, fill(0.0f));
-    if (x.wide != nullptr) float_slabs(w, panel, x, at, count, acc);
-    else integer_slabs<P>(w, panel, x, at, count, acc);
+#if defined(__AVX512F__)
+    if (x.wide == nullptr) integer_slabs<P>(w, panel, x, at, count, acc);
+    else
+#endif
+        float_slabs<P>(w, panel, x, at, count, acc);
     for (size_t m = 0; m < count; ++m)
         for (size_t p = 0; p < P; ++p) use(panel + p, m, load(acc + (m * P + p) * lanes));
 }
@@ -260,9 +296,8 @@ template <typename Use>
 inline void products(const Weights& w, size_t panel, size_t panels, const Rows& x, const size_t* at, size_t count,
                      const Use& use) {
     if (count > few_rows && takes_many(w, x)) {
-        if (panels == tile_panels && x.wide == nullptr) return block_product<tile_panels>(w, panel, x, at, count, use);
-        for (size_t p = panel; p < panel + panels; ++p) block_product<1>(w, p, x, at, count, use);
-        return;
+        if (panels == tile_panels) return block_product<tile_panels>(w, panel, x, at, count, use);
+        return block_product<1>(w, panel, x, at, count, use);
     }
     for (size_t p = panel; p < panel + panels; ++p)
         panel_products(w, p, x, at, count, [&](size_t m, f32x16 y) { use(p, m, y); });

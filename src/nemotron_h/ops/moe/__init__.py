@@ -58,7 +58,7 @@ def packed_experts(
     *,
     impl: str | None = None,
 ) -> Tensor:
-    """`experts` over packed weights, any number of tokens; each expert that any token chose is read once for 8 tokens.
+    """`experts` over packed weights, any number of tokens; an expert is read once for 512 tokens.
 
     Args:
         up, down: Stacks of E packed matrices, width x L and L x width, uint8 [E, panels, bytes].
