@@ -92,8 +92,8 @@ def test_plain_bits_and_budget(seed: int, m: int, n: int, k: int, dtype: torch.d
         assert torch.equal(native.linear(x[row : row + 1], weight_NK.clone(), bias_N)[0], result[row])
 
 
-MANY = [BF16, INT8, INT4, *(grouped_packing(bits, group, torch.float16, has_min)
-                            for bits, group, has_min in ((4, 32, False), (4, 64, True), (8, 128, True), (8, 32, False)))]  # fmt: skip
+GROUPS = ((4, 32, False), (4, 64, True), (8, 128, True), (8, 32, False))
+MANY = [BF16, INT8, INT4, *(grouped_packing(bits, group, torch.float16, has_min) for bits, group, has_min in GROUPS)]
 
 
 @pytest.mark.parametrize("packing", MANY, ids=lambda p: p.name)
