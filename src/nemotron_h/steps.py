@@ -160,6 +160,12 @@ class _Parts:
         self.need(tensor.shape == shape and tensor.dtype in DTYPE_CODES)
         return tensor.data_ptr(), DTYPE_CODES[tensor.dtype]
 
+    def width(self, module: nn.Module, name: str) -> int:
+        """Outputs of a linear layer."""
+        layer = self.child(module, name)
+        self.need(layer is not None)
+        return self.value(layer, "out_features")
+
     def matrix(self, module: nn.Module, name: str, rows: int, cols: int) -> Matrix:
         """A linear layer, plain or packed."""
         layer = self.child(module, name)
@@ -188,7 +194,7 @@ def _mlp(parts: _Parts, norm: Norm, mixer: Any) -> Callable[..., Tensor | None]:
 
 def _up_and_down(parts: _Parts, mlp: Any, size: int) -> tuple[Matrix, Matrix]:
     parts.need(parts.value(mlp, "act_fn") is activation(parts.value(mlp, "act", "relu2")))
-    up = mlp.up_proj.out_features
+    up = parts.width(mlp, "up_proj")
     return parts.matrix(mlp, "up_proj", up, size), parts.matrix(mlp, "down_proj", size, up)
 
 
@@ -200,6 +206,7 @@ def _mamba(parts: _Parts, norm: Norm, mixer: Any) -> Callable[..., Tensor | None
     conv, gated = parts.child(mixer, "conv1d"), parts.child(mixer, "norm")
     for name in ("hook_z", "hook_x", "hook_B", "hook_C", "hook_dt", "hook_y", "hook_state"):
         parts.child(mixer, name)
+    parts.need(conv is not None and gated is not None)
     taps = conv.weight.shape[-1]
     parts.value(conv, "act", "silu", "swish")
     parts.value(gated, "n_groups", groups)
@@ -246,6 +253,7 @@ def _moe(parts: _Parts, norm: Norm, mixer: Any) -> Callable[..., Tensor | None]:
     gate, experts = parts.child(mixer, "gate"), parts.child(mixer, "experts")
     for name in ("hook_router_experts", "hook_router_weights"):
         parts.child(mixer, name)
+    parts.need(gate is not None and experts is not None)
     count, width, latent = experts.num_experts, *_expert_sizes(parts, experts)
     weight, weight_dtype = parts.address(gate, "weight", count, norm.size)
     bias, bias_dtype = parts.address(gate, "e_score_correction_bias", count)
@@ -311,7 +319,7 @@ def _experts(parts: _Parts, experts: Any, count: int, width: int, latent: int) -
 
 
 def _attention(parts: _Parts, norm: Norm, mixer: Any) -> Callable[..., Tensor | None]:
-    query, key = mixer.q_proj.out_features, mixer.k_proj.out_features
+    query, key = parts.width(mixer, "q_proj"), parts.width(mixer, "k_proj")
     widths = {"q_proj": query, "k_proj": key, "v_proj": key}
     ins = [parts.matrix(mixer, name, rows, norm.size) for name, rows in widths.items()]
     block = AttentionBlock(tuple(widths.values()), norm, *ins, parts.matrix(mixer, "o_proj", norm.size, query))
