@@ -25,8 +25,9 @@ class Guard {
     void attribute(nb::object object, nb::object name, nb::object value) {
         facts_.push_back({Kind::attribute, object, name, value, 0});
     }
-    // A tensor keeps its address and dtype.
+    // A tensor keeps its address, dtype, shape and strides.
     void tensor(nb::object tensor) {
+        facts_.push_back({Kind::layout, tensor, tensor.attr("shape"), tensor.attr("stride")(), 0});
         facts_.push_back({Kind::tensor, tensor, nb::str("dtype"), tensor.attr("dtype"), address_of(tensor.ptr())});
     }
 
@@ -54,7 +55,7 @@ class Guard {
     }
 
   private:
-    enum class Kind { same, absent, empty, type, attribute, tensor };
+    enum class Kind { same, absent, empty, type, attribute, layout, tensor };
     struct Fact {
         Kind kind;
         nb::object a, b, c;
@@ -76,6 +77,12 @@ class Guard {
         return address;
     }
 
+    static bool equal(PyObject* owned, const nb::object& expected) {
+        const bool so = owned != nullptr && PyObject_RichCompareBool(owned, expected.ptr(), Py_EQ) == 1;
+        Py_XDECREF(owned);
+        return so;
+    }
+
     static bool is_so(const Fact& fact) {
         PyObject *const a = fact.a.ptr(), *const b = fact.b.ptr();
         switch (fact.kind) {
@@ -87,6 +94,10 @@ class Guard {
             }
             case Kind::type: return reinterpret_cast<PyObject*>(Py_TYPE(a)) == b;
             case Kind::attribute: return is(PyObject_GetAttr(a, b), fact.c);
+            case Kind::layout: {
+                static PyObject *const shape = PyUnicode_InternFromString("shape"), *const stride = PyUnicode_InternFromString("stride");
+                return equal(PyObject_GetAttr(a, shape), fact.b) && equal(PyObject_CallMethodNoArgs(a, stride), fact.c);
+            }
             case Kind::tensor: return address_of(a) == fact.address && is(PyObject_GetAttr(a, b), fact.c);
         }
         return false;

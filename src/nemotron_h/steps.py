@@ -119,6 +119,11 @@ class _Parts:
             self.guard.empty(own, name)
 
     def child(self, module: nn.Module, name: str, fused: bool = True) -> Any:
+        child: Any = self.optional(module, name, fused)
+        self.need(child is not None)
+        return child
+
+    def optional(self, module: nn.Module, name: str, fused: bool = True) -> Any | None:
         modules = module._modules
         self.guard.same(module.__dict__, "_modules", modules)
         child = modules.get(name)
@@ -162,14 +167,11 @@ class _Parts:
 
     def width(self, module: nn.Module, name: str) -> int:
         """Outputs of a linear layer."""
-        layer = self.child(module, name)
-        self.need(layer is not None)
-        return self.value(layer, "out_features")
+        return self.value(self.child(module, name), "out_features")
 
     def matrix(self, module: nn.Module, name: str, rows: int, cols: int) -> Matrix:
         """A linear layer, plain or packed."""
         layer = self.child(module, name)
-        self.need(layer is not None)
         weight = self.tensor(layer, "weight")
         assert weight is not None
         bias, bias_dtype = self.address(layer, "bias", rows)
@@ -206,7 +208,6 @@ def _mamba(parts: _Parts, norm: Norm, mixer: Any) -> Callable[..., Tensor | None
     conv, gated = parts.child(mixer, "conv1d"), parts.child(mixer, "norm")
     for name in ("hook_z", "hook_x", "hook_B", "hook_C", "hook_dt", "hook_y", "hook_state"):
         parts.child(mixer, name)
-    parts.need(conv is not None and gated is not None)
     taps = conv.weight.shape[-1]
     parts.value(conv, "act", "silu", "swish")
     parts.value(gated, "n_groups", groups)
@@ -253,7 +254,6 @@ def _moe(parts: _Parts, norm: Norm, mixer: Any) -> Callable[..., Tensor | None]:
     gate, experts = parts.child(mixer, "gate"), parts.child(mixer, "experts")
     for name in ("hook_router_experts", "hook_router_weights"):
         parts.child(mixer, name)
-    parts.need(gate is not None and experts is not None)
     count, width, latent = experts.num_experts, *_expert_sizes(parts, experts)
     weight, weight_dtype = parts.address(gate, "weight", count, norm.size)
     bias, bias_dtype = parts.address(gate, "e_score_correction_bias", count)
@@ -263,7 +263,7 @@ def _moe(parts: _Parts, norm: Norm, mixer: Any) -> Callable[..., Tensor | None]:
     parts.need(weight != 0 and bias != 0 and bias_dtype == DTYPE_CODES[torch.float32])
     parts.need(1 <= top_k <= count <= MOST_EXPERTS and count % n_group == 0 and 1 <= topk_group <= n_group)
     fc1, fc2 = _latent(parts, mixer, latent, norm.size)
-    shared = parts.child(mixer, "shared_experts")
+    shared = parts.optional(mixer, "shared_experts")
     up_down = (Matrix(), Matrix()) if shared is None else _up_and_down(parts, shared, norm.size)
     step = MoeBlock(
         norm, weight, bias, weight_dtype, count, *choices, float(parts.value(gate, "routed_scaling_factor")),
@@ -278,8 +278,8 @@ def _moe(parts: _Parts, norm: Norm, mixer: Any) -> Callable[..., Tensor | None]:
 
 
 def _latent(parts: _Parts, mixer: Any, latent: int, size: int) -> tuple[Matrix, Matrix]:
-    if parts.child(mixer, "fc1_latent_proj") is None:
-        parts.need(parts.child(mixer, "fc2_latent_proj") is None and latent == size)
+    if parts.optional(mixer, "fc1_latent_proj") is None:
+        parts.need(parts.optional(mixer, "fc2_latent_proj") is None and latent == size)
         return Matrix(), Matrix()
     return parts.matrix(mixer, "fc1_latent_proj", latent, size), parts.matrix(mixer, "fc2_latent_proj", size, latent)
 
