@@ -52,4 +52,6 @@ def test_its_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     for program, *arguments in commands:
         assert program == "nemotron-h"
         assert cli.main(arguments) == 0
-        assert len(capsys.readouterr().out) > 10
+        written = capsys.readouterr()
+        assert written.out, "a random adapter's text may be short, but there is one"
+        assert "decode" in written.err
