@@ -65,23 +65,6 @@ def test_while_loading_or_afterwards_saved_and_mapped(
             assert "_mmap" not in again.config.to_dict()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_bfloat16_decodes_the_plain_models_bits(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Of few tokens: for many, plain rows take PyTorch's products."""
-    directory = saved(tmp_path, mlp_bias=True)
-    plain = NemotronHForCausalLM.from_pretrained(directory, dtype=dtype)
-    packed = NemotronHForCausalLM.from_pretrained(directory, dtype=dtype, quantization="bf16")
-    assert packed.dtype == dtype
-    with torch.no_grad():
-        one, other = plain(IDS, use_cache=True), packed(IDS, use_cache=True)
-        assert torch.equal(one.logits, other.logits)
-        for token in (3, 8, 20):
-            ids = torch.tensor([[token]])
-            one = plain(ids, past_key_values=one.past_key_values, use_cache=True)
-            other = packed(ids, past_key_values=other.past_key_values, use_cache=True)
-            assert torch.equal(one.logits, other.logits)
-
-
 def test_what_is_packed_and_what_is_not(tmp_path: Path) -> None:
     model = tiny_model(num_nextn_predict_layers=1)
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
