@@ -86,6 +86,7 @@ class _Parts:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype, self.guard = dtype, _native.extension().Guard()
+        self._noted: set[tuple[int, str]] = set()  # a fact is looked up at every token: once is enough
         if dtype not in DTYPE_CODES:
             raise _NotFused
         for name in _GLOBAL_HOOKS:
@@ -110,13 +111,26 @@ class _Parts:
 
     def check(self, module: nn.Module) -> None:
         """That the module's own `forward` is what would run, and that nobody watches it."""
-        self.need(untouched(module))
         kind, own = type(module), module.__dict__
+        if not self._first(own, "forward"):
+            return
+        self.need(untouched(module))
         self.guard.type(module, kind)
         self.guard.attribute(kind, "forward", kind.forward)
         self.guard.absent(own, "forward")
         for name in _HOOKS:
             self.guard.empty(own, name)
+
+    def _first(self, own: dict[str, Any], key: str) -> bool:
+        """Whether a place is noted for the first time."""
+        place = id(own), key
+        seen = place in self._noted
+        self._noted.add(place)
+        return not seen
+
+    def _same(self, own: dict[str, Any], key: str, value: Any) -> None:
+        if self._first(own, key):
+            self.guard.same(own, key, value)
 
     def child(self, module: nn.Module, name: str, fused: bool = True) -> Any:
         child: Any = self.optional(module, name, fused)
@@ -125,10 +139,10 @@ class _Parts:
 
     def optional(self, module: nn.Module, name: str, fused: bool = True) -> Any | None:
         modules = module._modules
-        self.guard.same(module.__dict__, "_modules", modules)
+        self._same(module.__dict__, "_modules", modules)
         child = modules.get(name)
         if name in modules:
-            self.guard.same(modules, name, child)
+            self._same(modules, name, child)
         else:  # where no module was ever put, torch keeps the None as a plain attribute
             self.guard.absent(modules, name)
             self.value(module, name, None)
@@ -141,7 +155,7 @@ class _Parts:
         self.need(name in module.__dict__)
         value = module.__dict__[name]
         self.need(not expected or value in expected)
-        self.guard.same(module.__dict__, name, value)
+        self._same(module.__dict__, name, value)
         return value
 
     def tensor(self, module: nn.Module, name: str) -> Tensor | None:
@@ -150,8 +164,8 @@ class _Parts:
         tensors: dict[str, Any] = module.__dict__[held]
         self.need(name in tensors)
         tensor = tensors[name]
-        self.guard.same(module.__dict__, held, tensors)
-        self.guard.same(tensors, name, tensor)
+        self._same(module.__dict__, held, tensors)
+        self._same(tensors, name, tensor)
         if tensor is not None:
             self.need(not_plain(tensor) is None and tensor.is_contiguous() and tensor.numel() > 0)
             self.guard.tensor(tensor)
@@ -186,7 +200,7 @@ class _Parts:
 def packed_codes(scheme: Any) -> tuple[int, int, int]:
     """(group, scale type, arithmetic) of a scheme."""
     packing = scheme.packing
-    return packing.group, 0 if packing.own else packing.scale_code, ARITHMETIC_CODES[scheme.activations]
+    return packing.group, packing.scale_code, ARITHMETIC_CODES[scheme.activations]
 
 
 def _mlp(parts: _Parts, norm: Norm, mixer: Any) -> Callable[..., Tensor | None]:

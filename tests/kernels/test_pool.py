@@ -141,8 +141,8 @@ def test_eight_threads_on_fewer_cores_take_no_longer_than_two(model: NemotronHFo
         two, eight = zip(*((steps(model, 2), steps(model, 8)) for _ in range(5)), strict=True)
         ratios.append(min(eight) / min(two))
         if ratios[-1] <= 1.5:
-            return
-    raise AssertionError(f"eight threads take {min(ratios):.2f} times as long as two")
+            break
+    assert min(ratios) <= 1.5
 
 
 def idle_share(seconds: float = 0.5) -> float:

@@ -93,7 +93,7 @@ def packed_linear(
     level: str | None = None,
 ) -> Tensor:
     """See `nemotron_h.ops.linear.packed_linear`; valid only where `packed_refusal` is None."""
-    cols, scale = x.shape[-1], 0 if packing.own else packing.scale_code
+    cols, scale = x.shape[-1], packing.scale_code
     return _run(
         x,
         packed,

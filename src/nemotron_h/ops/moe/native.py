@@ -81,8 +81,7 @@ def packed_experts(
     activation: str, up_bias_EF: Tensor | None, down_bias_EL: Tensor | None, arithmetic: str, level: str | None = None,
 ) -> Tensor:  # fmt: skip
     """See `nemotron_h.ops.moe.packed_experts`; valid only where `packed_refusal` is None."""
-    scale = 0 if packing.own else packing.scale_code
-    form = (packing.code, packing.group, scale, ARITHMETIC_CODES[arithmetic])
+    form = (packing.code, packing.group, packing.scale_code, ARITHMETIC_CODES[arithmetic])
     return _run(x_ML, experts_Mk, weights_Mk, up, down, form, width, up_bias_EF, down_bias_EL, level)
 
 
