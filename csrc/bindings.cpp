@@ -49,6 +49,7 @@ nb::dict features() {
     d["amx_int8"] = f.amx_int8;
     d["amx_bf16"] = f.amx_bf16;
     d["amx_permission"] = f.amx_permission;
+    d["amx_works"] = f.amx_works;
     return d;
 }
 
@@ -114,6 +115,7 @@ void def_kernel(nb::class_<Table>& table, const char* name, Result (*Kernels::*m
 NB_MODULE(_native, m) {
     m.doc() = "The C++ kernels of nemotron_h; use them through nemotron_h.ops.";
     m.attr("interface_version") = interface_version;
+    m.attr("tile_kernels") = tile_kernels;
     m.def("levels", &levels, "The kernel levels that this CPU runs, lowest first.");
     m.def("cpu_features", &features, "Instruction sets that CPU and operating system allow: name to bool.");
     m.def("set_threads", &set_threads, "Threads of a parallel region, the caller among them.");

@@ -1,7 +1,8 @@
 // What this CPU and this operating system let us run, and the kernels that go with it.
 //
 // CPUID says what the silicon has; XGETBV says which registers the operating system saves on a context switch. An
-// instruction set is usable only with both: a hypervisor may show AVX-512 in CPUID and not save the registers.
+// instruction set is usable only with both: a hypervisor may show AVX-512 in CPUID and not save the registers. Matrix
+// units must be asked for as well, and prove themselves (kernels/tile_check.cpp).
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -34,6 +35,20 @@ bool request_tile_permission() noexcept {
 }
 #endif
 
+bool has_avx512(const CpuFeatures& f) noexcept {
+    return f.avx2 && f.fma && f.avx512f && f.avx512bw && f.avx512dq && f.avx512vl && f.avx512_vnni && f.avx512_bf16;
+}
+
+#if defined(NEMOTRON_H_TILE_KERNELS)
+bool may_use_tiles([[maybe_unused]] const CpuFeatures& f) noexcept {
+#if defined(NEMOTRON_H_EMULATE_TILES)
+    return true;
+#else
+    return f.amx_tile && f.amx_int8 && f.amx_bf16 && f.amx_permission;
+#endif
+}
+#endif
+
 CpuFeatures detect() noexcept {
     CpuFeatures f{};
 #if defined(__x86_64__)
@@ -57,6 +72,9 @@ CpuFeatures detect() noexcept {
     f.amx_int8 = tiles && bit(d, 25);
     if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) f.avx512_bf16 = zmm && bit(a, 5);
     f.amx_permission = f.amx_tile && request_tile_permission();
+#if defined(NEMOTRON_H_TILE_KERNELS)
+    f.amx_works = has_avx512(f) && may_use_tiles(f) && amx::tiles_work();
+#endif
 #endif
     return f;
 }
@@ -78,11 +96,33 @@ constexpr Kernels generic_kernels = {NEMOTRON_H_KERNELS(NEMOTRON_H_GENERIC)};
 #define NEMOTRON_H_AVX512(type, name) avx512::name,
 constexpr Kernels avx2_kernels = {NEMOTRON_H_KERNELS(NEMOTRON_H_AVX2)};
 constexpr Kernels avx512_kernels = {NEMOTRON_H_KERNELS(NEMOTRON_H_AVX512)};
+
+// The scan of a prompt and its attention multiply matrices too, but what they multiply is float32, in chains of fused
+// multiply-adds that every level has. The units take bfloat16: a float32 would have to go through them in two parts, which
+// gives bits that no other level has. A few rows wait for memory, and block_step.cpp has no more.
+#if defined(NEMOTRON_H_TILE_KERNELS)
+constexpr Kernels with_tiles(Kernels kernels) {
+    kernels.linear = amx::linear;
+    kernels.experts = amx::experts;
+    return kernels;
+}
+constexpr Kernels amx_kernels = with_tiles(avx512_kernels);
+#else
+constexpr Kernels amx_kernels = avx512_kernels;  // never asked for
+#endif
 #endif
 
 }  // namespace
 
 const size_t read_ahead = best_read_ahead();
+
+#if !defined(NEMOTRON_H_TILE_KERNELS)
+const char* const tile_kernels = "none";
+#elif defined(NEMOTRON_H_EMULATE_TILES)
+const char* const tile_kernels = "emulation";
+#else
+const char* const tile_kernels = "instructions";
+#endif
 
 const CpuFeatures& cpu_features() noexcept {
     static const CpuFeatures features = detect();
@@ -92,9 +132,8 @@ const CpuFeatures& cpu_features() noexcept {
 Level highest_level() noexcept {
     const CpuFeatures& f = cpu_features();
     if (!(f.avx2 && f.fma)) return Level::generic;
-    if (!(f.avx512f && f.avx512bw && f.avx512dq && f.avx512vl && f.avx512_vnni && f.avx512_bf16)) return Level::avx2;
-    if (!(f.amx_tile && f.amx_int8 && f.amx_bf16 && f.amx_permission)) return Level::avx512;
-    return Level::amx;
+    if (!has_avx512(f)) return Level::avx2;
+    return f.amx_works ? Level::amx : Level::avx512;
 }
 
 const Kernels& kernels_of([[maybe_unused]] Level level) noexcept {
@@ -102,8 +141,8 @@ const Kernels& kernels_of([[maybe_unused]] Level level) noexcept {
     switch (level) {
         case Level::generic: return generic_kernels;
         case Level::avx2: return avx2_kernels;
-        case Level::avx512:
-        case Level::amx: return avx512_kernels;  // no kernel here multiplies matrices, so tiles have nothing to do yet
+        case Level::avx512: return avx512_kernels;
+        case Level::amx: return amx_kernels;
     }
 #endif
     return generic_kernels;

@@ -222,6 +222,11 @@ NEMOTRON_H_KERNELS(NEMOTRON_H_DECLARE)
 namespace avx512 {
 NEMOTRON_H_KERNELS(NEMOTRON_H_DECLARE)
 }
+namespace amx {  // what the matrix units change; the rest is avx512's
+Linear linear;
+Experts experts;
+bool tiles_work() noexcept;  // kernels/tile_check.cpp; only for a thread that may use tiles
+}
 
 // memory.cpp: whole 2 MiB pages for the memory [p, p + bytes), before it is touched. Bytes of it that may become huge.
 size_t advise_huge_pages(void* p, size_t bytes) noexcept;
@@ -230,8 +235,10 @@ size_t advise_huge_pages(void* p, size_t bytes) noexcept;
 struct CpuFeatures {
     bool avx2, fma, avx512f, avx512bw, avx512dq, avx512vl, avx512_vnni, avx512_bf16;
     bool amx_tile, amx_int8, amx_bf16, amx_permission;  // permission: the kernel has granted this process the tile state
+    bool amx_works;                                     // kernels for it are there, and its products are as they must be
 };
 const CpuFeatures& cpu_features() noexcept;
+extern const char* const tile_kernels;  // what was built: "none", "instructions" or, for tests, "emulation"
 extern const size_t read_ahead;  // bytes of weights to fetch ahead of the reading
 Level highest_level() noexcept;
 const Kernels& kernels_of(Level level) noexcept;  // level must not exceed highest_level()

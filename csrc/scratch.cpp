@@ -4,6 +4,12 @@
 
 namespace nemotron_h {
 
+namespace {
+
+constexpr size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+
+}  // namespace
+
 size_t panel_bytes(Format format, size_t cols, size_t group) noexcept { return PanelLayout(format, cols, group).bytes; }
 
 size_t linear_scratch(size_t M, size_t K, Format format, Arithmetic arithmetic) noexcept {
@@ -15,7 +21,8 @@ size_t experts_scratch(size_t M, size_t k, size_t E, size_t L, size_t F, Format 
     const size_t V = M * k;
     const bool wide = takes_float(format, arithmetic);
     return padded((4 * V + 1 + E) * sizeof(size_t)) + rows_bytes(M, L, wide) +
-           rows_bytes(V, F, wide) + padded(V * F * sizeof(float)) + padded(V * L * sizeof(float));
+           rows_bytes(V, F, wide) + padded(V * F * sizeof(float)) +
+           larger(padded(V * L * sizeof(float)), rows_bytes(V, L, wide));  // one after the other in one place
 }
 
 namespace {
@@ -23,8 +30,6 @@ namespace {
 size_t scratch_of(const Matrix& m, size_t rows) {
     return m.data == nullptr ? 0 : linear_scratch(rows, m.cols, static_cast<Format>(m.format), static_cast<Arithmetic>(m.arithmetic));
 }
-
-constexpr size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
 constexpr size_t widest = 4;  // bytes of an activation: one size for both dtypes
 

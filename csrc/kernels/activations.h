@@ -19,22 +19,28 @@ struct Rows {
     int8_t* q;             // [M][cols], or null
     float* scales;         // [M][cols / 128]
     int32_t* sums;         // [M][cols / 32]
+    bf16* narrow = nullptr;  // [M][cols], or null: for matrix units alone (tile_rows.h), without `wide`
 
     size_t blocks() const { return cols / block_cols; }
+    size_t width() const { return wide != nullptr ? sizeof(float) : narrow != nullptr ? sizeof(bf16) : 1; }
     Rows from(size_t m) const {
+        if (narrow != nullptr) return {cols, nullptr, nullptr, nullptr, nullptr, narrow + m * cols};
         if (wide != nullptr) return {cols, wide + m * cols, nullptr, nullptr, nullptr};
         return {cols, nullptr, q + m * cols, scales + m * blocks(), sums + m * (cols / sum_cols)};
     }
 };
 
-inline Rows place_rows(size_t M, size_t K, bool wide, char*& scratch) {
+// `narrow`: float rows that came as bfloat16 stay so, in the place of wide ones.
+inline Rows place_rows(size_t M, size_t K, bool wide, char*& scratch, bool narrow = false) {
     Rows rows{ceil_div(K, block_cols) * block_cols, nullptr, nullptr, nullptr, nullptr};
     auto take = [&](size_t bytes) {
         char* at = scratch;
         scratch += padded(bytes);
         return static_cast<void*>(at);
     };
-    if (wide) {
+    if (narrow) {
+        rows.narrow = static_cast<bf16*>(take(M * rows.cols * sizeof(bf16)));
+    } else if (wide) {
         rows.wide = static_cast<float*>(take(M * rows.cols * 4));
     } else {
         rows.q = static_cast<int8_t*>(take(M * rows.cols));
@@ -86,6 +92,11 @@ inline void quantize_block(const X* x, size_t n, int8_t* q, float* scale, int32_
 
 template <typename X>
 inline void prepare_row(const X* x, size_t K, const Rows& rows, size_t m) {
+    if (rows.narrow != nullptr) {
+        bf16* to = rows.narrow + m * rows.cols;
+        for (size_t c = 0; c < rows.cols; c += lanes) store(to + c, load_up_to(x + c, K > c ? K - c : 0));
+        return;
+    }
     if (rows.wide != nullptr) {
         float* to = rows.wide + m * rows.cols;
         for (size_t c = 0; c < rows.cols; c += lanes) store(to + c, load_up_to(x + c, K > c ? K - c : 0));

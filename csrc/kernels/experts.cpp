@@ -4,7 +4,7 @@
 //
 // Four regions: x to int8; all chosen experts' up; relu² to int8; all chosen experts' down; then the sum. Within a region
 // the items are (expert, panels), in that order, so that each thread reads long runs of memory.
-#include "many_rows.h"
+#include "tile_rows.h"
 
 namespace nemotron_h {
 namespace NEMOTRON_H_LEVEL {
@@ -48,7 +48,8 @@ void sort_visits(const int64_t* experts, size_t visits, size_t k, size_t E, size
     }
 }
 
-// One matrix of every chosen expert, by the rows of x that visit it: use(visit, first output, 16 outputs).
+// One matrix of every chosen expert, by the rows of x that visit it: use(i, expert, first output, 16 outputs), i counting
+// visits in their order. rows: which of x belongs to each, or null: the i-th.
 template <typename Use>
 void visit_experts(const void* data, size_t bytes, const Weights& shape, const Visits& visits, const Rows& x,
                    const size_t* rows, const Use& use) {
@@ -60,8 +61,10 @@ void visit_experts(const void* data, size_t bytes, const Weights& shape, const V
             Weights w = shape;
             w.data = static_cast<const char*>(data) + visits.expert[i] * bytes;
             const size_t here = panels - panel < width ? panels - panel : width;
-            products(w, panel, here, x, rows + first, visits.begin[i + 1] - first, [&](size_t p, size_t at, f32x16 y) {
-                use(visits.order[first + at], visits.expert[i], p * panel_rows, y);
+            const Rows own = rows == nullptr ? x.from(first) : x;
+            const size_t* at = rows == nullptr ? nullptr : rows + first;
+            products_by_any(w, panel, here, own, at, visits.begin[i + 1] - first, [&](size_t p, size_t m, f32x16 y) {
+                use(first + m, visits.expert[i], p * panel_rows, y);
             });
         }
     });
@@ -103,20 +106,29 @@ void piece(const Layer& l, const void* x, Dtype x_dtype, size_t x_stride, size_t
     };
     size_t* index = static_cast<size_t*>(take((4 * V + 1 + l.E) * sizeof(size_t)));
     Visits visits{0, 0, index, index + V, index + 2 * V, index + 3 * V};
-    const Rows x_rows = place_rows(M, L, l.wide, at), h_rows = place_rows(V, F, l.wide, at);
+    const bool narrow = keeps_bf16(l.up_shape.format, x_dtype, M);
+    const Rows x_rows = place_rows(M, L, l.wide, at, narrow), h_rows = place_rows(V, F, l.wide, at);
     float* h = static_cast<float*>(take(V * F * sizeof(float)));
+    char* apart = at;  // y is written last: until then its place serves for the rows apart
     float* y = static_cast<float*>(take(V * L * sizeof(float)));
     sort_visits(experts, V, l.k, l.E, rows_of_block(L > F ? x_rows : h_rows), visits, index + 4 * V + 1);
 
     prepare_rows(x, x_dtype, x_stride, M, L, x_rows);
-    visit_experts(l.up, l.up_bytes, l.up_shape, visits, x_rows, visits.token, [&](size_t visit, size_t expert, size_t n, f32x16 u) {
+    Rows visitors = x_rows;
+    const size_t* token = visits.token;
+    if (has_tiles && (narrow || visits.longest >= rows_for_tiles)) {
+        visitors = place_rows(V, L, l.wide, apart, narrow);
+        gather_rows(x_rows, token, V, visitors);
+        token = nullptr;
+    }
+    visit_experts(l.up, l.up_bytes, l.up_shape, visits, visitors, token, [&](size_t i, size_t expert, size_t n, f32x16 u) {
         if (l.up_bias != nullptr) u = add(u, load_up_to(l.up_bias + expert * F + n, F - n));
-        store_some(h + visit * F + n, relu2(u), F - n);
+        store_some(h + i * F + n, relu2(u), F - n);
     });
     prepare_rows(h, F, V, F, h_rows);
-    visit_experts(l.down, l.down_bytes, l.down_shape, visits, h_rows, visits.order, [&](size_t visit, size_t expert, size_t n, f32x16 u) {
+    visit_experts(l.down, l.down_bytes, l.down_shape, visits, h_rows, nullptr, [&](size_t i, size_t expert, size_t n, f32x16 u) {
         if (l.down_bias != nullptr) u = add(u, load_up_to(l.down_bias + expert * L + n, L - n));
-        store_some(y + visit * L + n, u, L - n);
+        store_some(y + visits.order[i] * L + n, u, L - n);
     });
     if (out_dtype == Dtype::float32) sum_visits(y, weights, M, l.k, L, static_cast<float*>(out));
     else sum_visits(y, weights, M, l.k, L, static_cast<bf16*>(out));

@@ -1,6 +1,6 @@
 // A linear layer. For a few rows the weights stream past once, every thread taking panels of 16 output rows (product.h);
-// many are multiplied block by block, all panels for each (many_rows.h).
-#include "many_rows.h"
+// many are multiplied block by block, all panels for each (many_rows.h, tile_rows.h).
+#include "tile_rows.h"
 
 namespace nemotron_h {
 namespace NEMOTRON_H_LEVEL {
@@ -30,7 +30,7 @@ void linear(const void* x, Dtype x_dtype, size_t x_stride, size_t M, const void*
     const Weights weights{w, format, w_stride, N, K, group, scale_type};
     about_to_read(w, weights.panels() * weights.panel_bytes());
     char* at = static_cast<char*>(scratch);
-    const Rows rows = place_rows(M, K, takes_float(format, arithmetic), at);
+    const Rows rows = place_rows(M, K, takes_float(format, arithmetic), at, keeps_bf16(format, x_dtype, M));
     prepare_rows(x, x_dtype, x_stride, M, K, rows);
     const size_t width = M > few_rows ? tile_panels : 1, columns = ceil_div(weights.panels(), width);
     const size_t blocks = ceil_div(M, rows_of_block(rows)), per_block = ceil_div(M, blocks);
@@ -39,7 +39,7 @@ void linear(const void* x, Dtype x_dtype, size_t x_stride, size_t M, const void*
             const size_t panel = item % columns * width, m0 = item / columns * per_block;
             const size_t panels = weights.panels() - panel < width ? weights.panels() - panel : width;
             const size_t count_rows = M - m0 < per_block ? M - m0 : per_block;
-            products(weights, panel, panels, rows.from(m0), nullptr, count_rows, [&](size_t p, size_t m, f32x16 y) {
+            products_by_any(weights, panel, panels, rows.from(m0), nullptr, count_rows, [&](size_t p, size_t m, f32x16 y) {
                 const size_t n = p * panel_rows, count = N - n;
                 y = with_bias(y, bias, bias_dtype, n, count);
                 if (activation == Activation::relu2) y = relu2(rounded(y, x_dtype));

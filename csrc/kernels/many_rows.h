@@ -12,6 +12,7 @@
 #pragma once
 
 #include "product.h"
+#include "tiles.h"
 
 namespace nemotron_h {
 namespace NEMOTRON_H_LEVEL {
@@ -26,7 +27,12 @@ constexpr size_t tile_panels = 1, tile_rows = 3;
 
 constexpr size_t few_rows = 8;     // up to here product.h reads each weight once and waits for memory
 constexpr size_t slab_cols = 512;  // of bfloat16 half as many, which are as many bytes
-constexpr size_t block_rows = 256, block_bytes = 512 << 10;  // of activations: they stay in the second cache
+// Of activations: they stay in the second cache, which has 2 MB on CPUs with matrix units.
+#if defined(NEMOTRON_H_TILES)
+constexpr size_t block_rows = 256, block_bytes = 1024 << 10;
+#else
+constexpr size_t block_rows = 256, block_bytes = 512 << 10;
+#endif
 
 struct Slab {
     alignas(64) uint8_t values[slab_cols / 4 * tile_panels * 64];  // [four k][panel][row][k]; bfloat16: [panel][line]
@@ -36,7 +42,7 @@ struct Slab {
 
 // Rows that are multiplied together. A row of a longer product is a smaller part of a block.
 inline size_t rows_of_block(const Rows& x) {
-    const size_t fitting = block_bytes / (x.cols * (x.wide != nullptr ? sizeof(float) : 1));
+    const size_t fitting = block_bytes / (x.cols * x.width());
     return fitting < 48 ? 48 : fitting < block_rows ? fitting : block_rows;
 }
 
