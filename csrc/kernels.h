@@ -222,9 +222,8 @@ NEMOTRON_H_KERNELS(NEMOTRON_H_DECLARE)
 namespace avx512 {
 NEMOTRON_H_KERNELS(NEMOTRON_H_DECLARE)
 }
-namespace amx {  // what the matrix units change; the rest is avx512's
-Linear linear;
-Experts experts;
+namespace amx {  // built are those that the matrix units change (CMakeLists.txt); the rest is avx512's
+NEMOTRON_H_KERNELS(NEMOTRON_H_DECLARE)
 bool tiles_work() noexcept;  // kernels/tile_check.cpp; only for a thread that may use tiles
 }
 

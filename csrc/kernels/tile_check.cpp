@@ -4,6 +4,7 @@
 #include "../formats.h"
 #include "tiles.h"
 
+#if defined(NEMOTRON_H_TILES)
 namespace nemotron_h {
 namespace NEMOTRON_H_LEVEL {
 namespace {
@@ -104,3 +105,4 @@ bool tiles_work() noexcept {
 
 }  // namespace NEMOTRON_H_LEVEL
 }  // namespace nemotron_h
+#endif

@@ -1,9 +1,16 @@
-// Every kernel of the generic level against plain loops in double: for machines without Python, such as an emulated
-// one.
+// Every kernel of one level against plain loops in double: for machines without Python, such as an emulated one. The level
+// is the generic one, or NEMOTRON_H_LEVEL's, with which all kernels must have been compiled too; for the matrix units:
+//
+//     g++ -std=c++17 -O2 -ffp-contract=off -fno-math-errno -static -pthread -DNEMOTRON_H_LEVEL=amx -mavx2 -mfma -mf16c
+//         -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16 -Icsrc
+//         -o kernels_amx tests/native/kernels_test.cpp csrc/{pool,scratch,memory}.cpp csrc/kernels/*.cpp
+//
+// or, without them, -DNEMOTRON_H_EMULATE_TILES in place of the three -mamx options. With an argument only the cases whose
+// function has that name run.
 //
 // Prints one line per case: its name, its error relative to the 2-norm of what is expected, and a digest of the
-// output's bits, which must not depend on the machine (tools/aarch64.sh compares two). Exits with 1 if an error is too
-// large.
+// output's bits, which must depend on neither the machine (tools/aarch64.sh compares two) nor the level. Exits with 1 if an
+// error is too large.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -14,8 +21,18 @@
 #include <string>
 #include <vector>
 
+#if defined(__AMX_TILE__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "formats.h"
 #include "kernels.h"
 #include "pool.h"
+
+#if !defined(NEMOTRON_H_LEVEL)
+#define NEMOTRON_H_LEVEL generic
+#endif
 
 using namespace nemotron_h;
 
@@ -23,8 +40,8 @@ const size_t nemotron_h::read_ahead = 4096;  // isa.cpp has it, which wants the 
 
 namespace {
 
-#define GENERIC(type, name) generic::name,
-const Kernels kernels = {NEMOTRON_H_KERNELS(GENERIC)};
+#define OF_LEVEL(type, name) nemotron_h::NEMOTRON_H_LEVEL::name,
+const Kernels kernels = {NEMOTRON_H_KERNELS(OF_LEVEL)};
 int failures = 0;
 
 // Memory at 64 bytes, as the kernels want their scratch, filled with what no result may be (NaN).
@@ -384,6 +401,89 @@ void linear() {
         }
 }
 
+// A foreign matrix: random integers, scales and minimums where formats.h has them, and what they stand for.
+struct Grouped {
+    Grouped(Format format, size_t group, size_t N, size_t K) : panels((N + 15) / 16 * panel_bytes(format, K, group)) {
+        const PanelLayout layout(format, K, group);
+        const bool four = format == Format::grouped4 || format == Format::grouped4_min;
+        const bool has_min = format == Format::grouped4_min || format == Format::grouped8_min;
+        const size_t cols = layout.chunks * chunk_cols;
+        Values noise(panels.size, Dtype::float32);
+        for (size_t i = 0; i < panels.size; ++i) panels[i] = static_cast<uint8_t>(static_cast<int>(noise[i] * 127.0));
+        w.resize(N * K);
+        for (size_t p = 0; p < panels.size / layout.bytes; ++p) {
+            uint8_t* panel = panels.get() + p * layout.bytes;
+            for (size_t g = 0; g < (cols + group - 1) / group; ++g)
+                for (size_t r = 0; r < 16; ++r) {
+                    const size_t at = g * 16 + r;
+                    const uint16_t code = static_cast<uint16_t>(0x3c00 + (at * 37 + p * 11) % 1024);  // 1 to 2 as bfloat16, by 2^-7
+                    const uint32_t word = static_cast<uint32_t>(code) << 16;
+                    float scale, low = has_min ? 0.001f * static_cast<float>(at % 7) : 0.0f;
+                    std::memcpy(panel + 2 * at, &code, 2);
+                    std::memcpy(&scale, &word, 4);
+                    if (has_min) std::memcpy(panel + layout.minimums + 4 * at, &low, 4);
+                    for (size_t k = g * group; k < std::min(K, (g + 1) * group); ++k) {
+                        const size_t n = p * 16 + r, row = four ? k / 8 : k / 4;
+                        const uint8_t byte = panel[layout.values + row * 64 + r * 4 + k % 4];
+                        const int nibble = k % 8 < 4 ? byte & 15 : byte >> 4;
+                        const int q = !four ? static_cast<int8_t>(byte) : has_min ? nibble : nibble - 8;
+                        if (n < N) w[n * K + k] = static_cast<double>(scale) * q + low;
+                    }
+                }
+        }
+    }
+    Array<uint8_t> panels;
+    Doubles w;
+};
+
+// A prompt: rows around the tiles of every level, several slabs of columns, an odd panel, every format. Few rows of the
+// same weights must have the same bits, which the digest of each tells.
+void many_rows() {
+    const size_t N = 45, K = 1080;
+    const auto run = [&](const std::string& name, size_t M, const void* w, size_t stride, Format format, size_t group, Dtype dtype,
+                         Values& x, const Doubles& expected, double allowed) {
+        Output out(M * N, Dtype::float32), one(M * N, Dtype::float32);
+        Array<uint8_t> scratch(linear_scratch(M, K, format, Arithmetic::integer));
+        const auto call = [&](size_t first, size_t rows, Output& to) {
+            kernels.linear(static_cast<const char*>(x.data()) + first * K * (dtype == Dtype::float32 ? 4 : 2), dtype, K, rows, w,
+                           format, stride, N, K, group, ScaleType::bfloat16, Arithmetic::integer, nullptr, Dtype::float32,
+                           Activation::none, to.floats.get() + first * N, Dtype::float32, N, scratch.get());
+        };
+        call(0, M, out);
+        for (size_t m = 0; m < M; ++m) call(m, 1, one);
+        const bool same = std::memcmp(out.data(), one.data(), M * N * 4) == 0;
+        compare(name + " x " + std::to_string(M), out, Doubles(expected.begin(), expected.begin() + M * N), same ? allowed : -1);
+    };
+    for (Dtype dtype : dtypes) {
+        const size_t most = 75;
+        Values x(most * K, dtype), w(N * K, Dtype::float32), plain(N * K, dtype);
+        const Format format = dtype == Dtype::float32 ? Format::float32 : Format::bfloat16;
+        const double rounded = dtype == Dtype::float32 ? 3e-6 : 4e-3;  // sums are rounded to x's dtype
+        const size_t rows[] = {9, 23, 33, most};
+        const Doubles exact = product(x, plain, most, N, K), near = product(x, w, most, N, K);
+        for (size_t M : rows) run(with("many plain", dtype), M, plain.data(), K, format, 0, dtype, x, exact, rounded);
+        for (const Packing& p : packings) {
+            Array<uint8_t> panels((N + 15) / 16 * panel_bytes(p.format, K, 0));
+            kernels.pack(w.f(), N, K, p.format, panels.get());
+            for (size_t M : rows)
+                run(with((std::string("many ") + p.name).c_str(), dtype), M, panels.get(), 0, p.format, 0, dtype, x, near, p.error + rounded);
+        }
+        for (Format f : {Format::grouped8, Format::grouped4, Format::grouped8_min, Format::grouped4_min})
+            for (size_t group : {size_t{32}, size_t{64}, size_t{128}}) {
+                Grouped g(f, group, N, K);
+                Doubles expected;
+                for (size_t m = 0; m < most; ++m)
+                    for (size_t n = 0; n < N; ++n) {
+                        double sum = 0;
+                        for (size_t k = 0; k < K; ++k) sum += x[m * K + k] * g.w[n * K + k];
+                        expected.push_back(sum);
+                    }
+                const std::string name = "many grouped " + std::to_string(static_cast<int>(f)) + " of " + std::to_string(group);
+                for (size_t M : rows) run(with(name.c_str(), dtype), M, g.panels.get(), 0, f, group, dtype, x, expected, 0.02);
+            }
+    }
+}
+
 void experts() {
     const size_t M = 3, k = 2, E = 4, L = 70, F = 50;
     for (Dtype dtype : dtypes) {
@@ -411,13 +511,15 @@ void experts() {
     }
 }
 
-// Packed experts against the linear kernel on the same panels, which `linear` has held against plain loops.
-void packed_experts() {
-    const size_t M = 3, k = 2, E = 4, L = 70, F = 50;
-    const int64_t ids[M * k] = {2, 3, 0, 3, 2, 0};
+// Packed experts against the linear kernel on the same panels, which `linear` has held against plain loops. Of many tokens
+// all visit the last expert, half of them each of two others, and one the first.
+void packed_experts(size_t M, Dtype dtype) {
+    const size_t k = 2, E = 4, L = 70, F = 50;
+    std::vector<int64_t> ids;
+    for (size_t m = 0; m < M; ++m) ids.push_back(m == 1 ? 0 : m % 2 == 0 ? 2 : 1), ids.push_back(3);
     for (const Packing& p : packings)
         for (Arithmetic arithmetic : {Arithmetic::integer, Arithmetic::floating}) {
-            Values x(M * L, Dtype::float32), up(E * F * L, Dtype::float32), down(E * L * F, Dtype::float32);
+            Values x(M * L, dtype), up(E * F * L, Dtype::float32), down(E * L * F, Dtype::float32);
             Values weights(M * k, Dtype::float32, 0.4f, 0.5f);
             const size_t up_bytes = (F + 15) / 16 * panel_bytes(p.format, L, 0);
             const size_t down_bytes = (L + 15) / 16 * panel_bytes(p.format, F, 0);
@@ -428,7 +530,7 @@ void packed_experts() {
             }
             Output out(M * L, Dtype::float32);
             Array<uint8_t> scratch(experts_scratch(M, k, E, L, F, p.format, arithmetic));
-            const bool legal = kernels.experts(x.data(), x.dtype, L, M, k, E, ids, weights.f(), ups.get(), up_bytes,
+            const bool legal = kernels.experts(x.data(), x.dtype, L, M, k, E, ids.data(), weights.f(), ups.get(), up_bytes,
                                                downs.get(), down_bytes, p.format, 0, ScaleType::float16, arithmetic, L, F,
                                                nullptr, nullptr, out.data(), out.dtype, scratch.get());
             const auto product = [&](const float* in, const Array<uint8_t>& panels, size_t from, size_t N, size_t K,
@@ -442,13 +544,17 @@ void packed_experts() {
             for (size_t i = 0; i < M * k; ++i) {
                 const size_t m = i / k, e = static_cast<size_t>(ids[i]);
                 Array<float> inner(F), outer(L);
-                product(x.f() + m * L, ups, e * up_bytes, F, L, Activation::relu2, inner.get());
+                product(x.floats.get() + m * L, ups, e * up_bytes, F, L, Activation::relu2, inner.get());
                 product(inner.get(), downs, e * down_bytes, L, F, Activation::none, outer.get());
                 for (size_t l = 0; l < L; ++l) expected[m * L + l] += weights[i] * outer[l];
             }
             const char* kind = arithmetic == Arithmetic::integer ? " integer" : " floating";
-            compare(std::string("experts ") + p.name + kind, out, expected, legal ? 2e-6 : -1);
+            const std::string name = std::string("experts ") + p.name + kind + (M > 3 ? " many" : "");
+            compare(with(name.c_str(), dtype), out, expected, legal ? 2e-6 : -1);
         }
+}
+void packed_experts() {
+    for (Dtype dtype : dtypes) packed_experts(3, dtype), packed_experts(43, dtype);
 }
 
 // The fused step gives the bits of its parts, which have been held against plain loops above.
@@ -491,16 +597,34 @@ void mamba_step() {
     }
 }
 
+#define TEST(name) {#name, name}
+const struct {
+    const char* name;
+    void (*run)();
+} tests[] = {TEST(rms_norm), TEST(gated_rms_norm), TEST(time_step), TEST(causal_conv1d), TEST(ssd_step), TEST(ssd_scan),
+             TEST(attention), TEST(router), TEST(sample), TEST(linear), TEST(many_rows), TEST(experts),
+             TEST(packed_experts), TEST(mamba_step)};
+
+// Of the matrix units: Linux grants them on request (isa.cpp); elsewhere the system may just have them on.
+void tiles() {
+#if defined(__AMX_TILE__) && defined(__linux__)
+    if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) std::printf("the system does not grant the tile state\n"), std::fflush(stdout);
+#endif
+#if defined(__AMX_TILE__) || defined(NEMOTRON_H_EMULATE_TILES)
+    report("tiles", nemotron_h::amx::tiles_work() ? 0 : 1, 0, 0);
+#endif
+}
+
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
     for (size_t threads : {size_t{1}, size_t{3}}) {
         set_threads(threads);
         again = threads != 1;
         Values::state = 1;
-        for (const auto& test : {rms_norm, gated_rms_norm, time_step, causal_conv1d, ssd_step, ssd_scan, attention, router,
-                                 sample, linear, experts, packed_experts, mamba_step})
-            test();
+        tiles();
+        for (const auto& test : tests)
+            if (count < 2 || std::string(arguments[1]) == test.name) test.run();
     }
     std::printf("%d wrong\n", failures);
     return failures != 0;
