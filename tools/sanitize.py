@@ -6,7 +6,8 @@
 First it proves that a finding would be found: a build with a planted off-by-one (csrc/kernels/sample.cpp reads one
 logit too many) must fail, with a report that names it. Then the real build must pass. Both live in build/sanitize, in a
 virtual environment that sees this interpreter's packages, which must include scikit-build-core and nanobind; the second
-build compiles one file anew.
+build compiles one file anew. Matrix units are emulated there, so their kernels run on any CPU with AVX-512, and a tile
+that reads beyond its matrix is found.
 """
 
 import os
@@ -45,6 +46,7 @@ def install(site: Path, planted: bool) -> None:
         "cmake.build-type": "RelWithDebInfo",
         "build-dir": str(FOLDER / "cmake"),
         "cmake.define.NEMOTRON_H_SANITIZE": "ON",
+        "cmake.define.NEMOTRON_H_EMULATE_TILES": "ON",
         "cmake.define.NEMOTRON_H_PLANT_OVERRUN": "ON" if planted else "OFF",
     }
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps"]

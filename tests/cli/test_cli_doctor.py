@@ -103,11 +103,28 @@ def test_quota(monkeypatch, tmp_path, files, quota):
     assert threads.cgroup_quota() == quota
 
 
-def test_amx():
-    assert doctor._amx({}) == "unknown without the kernels"
-    assert doctor._amx({"avx2": True, "amx_tile": False, "amx_permission": False}) == "the CPU has none"
-    assert doctor._amx({"amx_tile": True, "amx_permission": True}) == "permitted"
-    assert "does not permit" in doctor._amx({"amx_tile": True, "amx_permission": False})
+@pytest.mark.parametrize(
+    ("lacking", "kernels", "said"),
+    [
+        ((), "instructions", "permitted"),
+        (("amx_tile", "amx_int8", "amx_bf16", "amx_permission", "amx_works"), "instructions", "the CPU has none"),
+        (("amx_permission", "amx_works"), "instructions", "present, but the system does not permit it"),
+        (("amx_works",), "none", "install again with gcc 11"),
+        (("amx_works", "amx_bf16"), "instructions", "also need amx_bf16"),
+        (("amx_works",), "instructions", "products differ from other CPUs': not used"),
+        (("amx_tile", "amx_permission"), "emulation", "a build for tests"),
+    ],
+)
+def test_amx(lacking, kernels, said):
+    names = ("avx2", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16", "amx_permission", "amx_works")
+    assert said in doctor._amx({name: name not in lacking for name in names}, kernels)
+    assert doctor._amx({}, "none") == "unknown without the kernels"
+
+
+def test_amx_is_said_of_this_machine(run):
+    cpu = run("doctor", "--no-measure", "--json").json["cpu"]
+    assert cpu["amx"] == doctor._amx(cpu["features"], _native.tile_kernels())
+    assert f"AMX           {cpu['amx']}\n" in run("doctor", "--no-measure").out
 
 
 def test_the_shipped_model(run, monkeypatch, tmp_path, talker):

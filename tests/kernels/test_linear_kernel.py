@@ -96,13 +96,17 @@ GROUPS = ((4, 32, False), (4, 64, True), (8, 128, True), (8, 32, False))
 MANY = [BF16, INT8, INT4, *(grouped_packing(bits, group, torch.float16, has_min) for bits, group, has_min in GROUPS)]
 
 
-@pytest.mark.parametrize("packing", MANY, ids=lambda p: p.name)
-def test_every_number_of_rows_has_the_bits_of_one_row(packing: Packing) -> None:
+@pytest.mark.parametrize(
+    ("packing", "dtype"),
+    [*((packing, torch.float32) for packing in MANY), (BF16, torch.bfloat16)],  # which matrix units take as it is
+    ids=lambda p: p.name if isinstance(p, Packing) else str(p),
+)
+def test_every_number_of_rows_has_the_bits_of_one_row(packing: Packing, dtype: torch.dtype) -> None:
     """Around the tiles and blocks of many rows, over several slabs of columns and odd sizes, every level and thread."""
     generator = torch.Generator().manual_seed(4)
     for n, k in ((16, 64), (33, 1101), (70, 520)):
         weight, _ = draw(packing, n, k, generator)
-        x = rows(257, k, torch.float32, generator)
+        x = rows(257, k, dtype, generator)
         call = (weight.panels, packing, n, None, "int8")
         one = torch.cat([native.packed_linear(x[m : m + 1], *call) for m in range(len(x))])
         for m in (*range(1, 21), 33, 100, 257):
@@ -110,7 +114,7 @@ def test_every_number_of_rows_has_the_bits_of_one_row(packing: Packing) -> None:
         for level in _native.levels():
             for count in (1, 3):
                 with_threads(count)
-                for m in (9, 13, 100):
+                for m in (9, 13, 32, 100):
                     assert torch.equal(native.packed_linear(x[:m], *call, level=level), one[:m])
 
 

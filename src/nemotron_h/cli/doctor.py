@@ -21,6 +21,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-h
 OPTIONAL = ("prompt-toolkit", "peft", "accelerate", "mamba-ssm", "causal-conv1d")
 
 _MEASURED_BYTES = 256 << 20
+_ABOUT_AMX = ("amx_permission", "amx_works")  # among the features, but no instruction sets
 
 
 def command(
@@ -97,7 +98,9 @@ def _cpu() -> dict[str, Any]:
     from nemotron_h.benchmark import limits
     from nemotron_h.ops import _native
 
-    return {"model": limits.cpu_model(), "machine": platform.machine(), "features": _native.cpu_features()}
+    features = _native.cpu_features()
+    amx = _amx(features, _native.tile_kernels())
+    return {"model": limits.cpu_model(), "machine": platform.machine(), "features": features, "amx": amx}
 
 
 def _threads() -> dict[str, Any]:
@@ -159,7 +162,7 @@ def _cuda() -> dict[str, Any]:
 
 def _text(facts: dict[str, Any]) -> list[str]:
     versions, cpu, threads, memory = facts["versions"], facts["cpu"], facts["threads"], facts["memory"]
-    features = ", ".join(name for name, present in cpu["features"].items() if present and name != "amx_permission")
+    features = ", ".join(name for name, present in cpu["features"].items() if present and name not in _ABOUT_AMX)
     speed = memory["read_bytes_per_second"]
     quota = "no limit" if threads["cgroup_quota"] is None else f"{threads['cgroup_quota']:g}"
     tested = versions["tested_transformers"]
@@ -170,7 +173,7 @@ def _text(facts: dict[str, Any]) -> list[str]:
         f"optional      {_listed(versions['optional'])}",
         f"CPU           {cpu['model']}",
         f"features      {features or 'unknown without the kernels'}",
-        f"AMX           {_amx(cpu['features'])}",
+        f"AMX           {cpu['amx']}",
         f"threads       torch {threads['torch']}, kernels {threads['kernels']}; CPUs {threads['cpus']},"
         f" allowed {threads['affinity']}, quota {quota}",
         f"memory        {size(memory['bytes'])}" + (f", read at {size(speed)}/s by all cores" if speed else ""),
@@ -215,9 +218,19 @@ def _listed(found: dict[str, Any]) -> str:
     )
 
 
-def _amx(features: dict[str, bool]) -> str:
+def _amx(features: dict[str, bool], kernels: str) -> str:
+    """Whether the level "amx" is offered, else why not. `kernels`: see `_native.tile_kernels`."""
     if not features:
         return "unknown without the kernels"
-    if not any(present and name.startswith("amx") and name != "amx_permission" for name, present in features.items()):
+    if kernels == "emulation":
+        return "emulated: these kernels are a build for tests, and slow"
+    if not any(present and name.startswith("amx") for name, present in features.items() if name not in _ABOUT_AMX):
         return "the CPU has none"
-    return "permitted" if features.get("amx_permission") else "present, but the system does not permit it"
+    if not features["amx_permission"]:
+        return "present, but the system does not permit it"
+    if kernels == "none":
+        return "permitted, but the compiler of these kernels knows none: install again with gcc 11, clang 12 or later"
+    missing = [name for name in ("amx_tile", "amx_int8", "amx_bf16", "avx512_bf16") if not features[name]]
+    if missing:
+        return f"permitted, but the kernels also need {', '.join(missing)}"
+    return "permitted" if features["amx_works"] else "permitted, but its products differ from other CPUs': not used"

@@ -191,6 +191,16 @@ def extension() -> ModuleType:
 
 
 def cpu_features() -> dict[str, bool]:
-    """Instruction sets that CPU and operating system allow, and `amx_permission`; empty without the extension."""
+    """Instruction sets that CPU and operating system allow, and two facts about matrix units; empty without the extension.
+
+    `amx_permission`: the system has granted this process their registers. `amx_works`: the build has kernels for them,
+    and their products are what the other levels compute, so `levels()` has "amx".
+    """
     module = load()
     return {} if module is None else module.cpu_features()
+
+
+def tile_kernels() -> str:
+    """Whether the build multiplies on matrix units: by "instructions", "emulation" (a build for tests), or "none"."""
+    module = load()
+    return "none" if module is None else module.tile_kernels
