@@ -223,7 +223,10 @@ class NemotronHAttention(nn.Module):
         self.o_proj = NemotronHLinear(query, config.hidden_size, bias=config.attention_bias)
 
     def forward(
-        self, hidden_states: Tensor, layout: Layout | None = None, cache: caches.AttentionLayer | None = None
+        self,
+        hidden_states: Tensor,
+        layout: Layout | None = None,
+        cache: caches.AttentionLayer | caches.RowsLayer | None = None,
     ) -> Tensor:
         q_BTX, k_BTX, v_BTX = (project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj))
         return self.o_proj(self.attend(q_BTX, k_BTX, v_BTX, layout or Layout(hidden_states.shape[1]), cache))
@@ -231,9 +234,17 @@ class NemotronHAttention(nn.Module):
     fused, fused_step = forward, "attention"
 
     def attend(
-        self, q_BTX: Tensor, k_BTX: Tensor, v_BTX: Tensor, layout: Layout, cache: caches.AttentionLayer | None
+        self,
+        q_BTX: Tensor,
+        k_BTX: Tensor,
+        v_BTX: Tensor,
+        layout: Layout,
+        cache: caches.AttentionLayer | caches.RowsLayer | None,
     ) -> Tensor:
         """Everything between the projections: [B, T, Q·d] of queries [B, T, Q·d], keys and values [B, T, K·d]."""
+        if isinstance(cache, caches.RowsLayer):
+            rows = zip(cache.rows, q_BTX.split(1), k_BTX.split(1), v_BTX.split(1), strict=True)
+            return torch.cat([self.attend(*qkv, Layout(layout.tokens, row.length), row) for row, *qkv in rows])
         heads = (-1, self.head_dim)
         k_BKSd, v_BKSd = k_BTX.unflatten(-1, heads).transpose(1, 2), v_BTX.unflatten(-1, heads).transpose(1, 2)
         if cache is not None:

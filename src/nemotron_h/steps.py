@@ -58,26 +58,31 @@ class BlockStep:
             return None
         if not 0 < x_BTD.numel() <= MOST_ROWS * x_BTD.shape[-1] or not_plain(x_BTD) is not None:
             return None
-        if (
-            x_BTD.is_cuda
-            or not x_BTD.is_contiguous()
-            or not (self._is_prepared(x_BTD.dtype) or self._prepare(block, x_BTD))
-        ):
+        if x_BTD.is_cuda or not x_BTD.is_contiguous() or not self._ready(block, x_BTD.dtype, x_BTD.shape[-1]):
             return None
         assert self._run is not None
         return self._run(x_BTD, layout, cache)
 
+    @torch.no_grad()
+    def rows(self, block: nn.Module, dtype: torch.dtype, size: int) -> int:
+        """How many rows x [..., size] may have, each with the bits that it has alone; 1 where modules run."""
+        steps = settings.current().free and _native.load() is not None and self._ready(block, dtype, size)
+        return MOST_ROWS if steps else 1
+
+    def _ready(self, block: nn.Module, dtype: torch.dtype, size: int) -> bool:
+        return self._is_prepared(dtype) or self._prepare(block, dtype, size)
+
     def _is_prepared(self, dtype: torch.dtype) -> bool:
         return self._guard is not None and dtype is self._dtype and self._guard.holds()
 
-    def _prepare(self, block: nn.Module, x_BTD: Tensor) -> bool:
+    def _prepare(self, block: nn.Module, dtype: torch.dtype, size: int) -> bool:
         try:
-            parts = _Parts(x_BTD.dtype)
-            self._run = parts.step_of(block, x_BTD.shape[-1])
+            parts = _Parts(dtype)
+            self._run = parts.step_of(block, size)
         except _NotFused:
             self._guard = self._run = None
             return False
-        self._guard, self._dtype = parts.guard, x_BTD.dtype
+        self._guard, self._dtype = parts.guard, dtype
         return True
 
 

@@ -1,5 +1,6 @@
 """What a model remembers between passes: `NemotronHHybridDynamicCache` and the layers it is made of."""
 
+from nemotron_h.cache.batch import BatchCache, RowsLayer
 from nemotron_h.cache.depth import DepthCache
 from nemotron_h.cache.hybrid import NemotronHHybridDynamicCache
 from nemotron_h.cache.journal import JOURNAL, Step
@@ -11,10 +12,12 @@ __all__ = [
     "JOURNAL",
     "LAYERS",
     "AttentionLayer",
+    "BatchCache",
     "CacheLayer",
     "DepthCache",
     "MambaLayer",
     "NemotronHHybridDynamicCache",
     "NemotronHHybridStaticCache",
+    "RowsLayer",
     "Step",
 ]

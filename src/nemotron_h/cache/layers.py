@@ -70,6 +70,27 @@ class CacheLayer(CacheLayerMixin):
         for name, tensor in self.tensors().items():
             self.keep(name, change(tensor))
 
+    def join(self, others: Sequence[Any]) -> None:
+        """Take in the rows of other layers, which are used up, behind the own ones."""
+        for name in self.names:
+            tensors = [getattr(layer, name) for layer in (self, *others)]
+            setattr(self, name, torch.cat([tensor for tensor in tensors if tensor is not None]))
+            for other in others:
+                setattr(other, name, None)
+
+    def replace(self, row: int, other: Any) -> None:
+        """The only row of another layer in the place of row `row`."""
+        for name in self.names:
+            getattr(self, name)[row].copy_(getattr(other, name)[0])
+
+    def drop(self, row: int) -> None:
+        """Forget a row; the last one takes its place, so that the others need not move."""
+        for name in self.names:
+            rows = getattr(self, name)
+            if row < len(rows) - 1:
+                rows[row].copy_(rows[-1])
+            setattr(self, name, rows[:-1])
+
     def reset(self) -> None:
         self.pending = None
         for name in self.names:
@@ -260,6 +281,15 @@ class MambaLayer(CacheLayer):
         super().map_batch(change)
         if self.journal is not None:
             self.journal.map_batch(change)
+
+    def join(self, others: Sequence[Any]) -> None:
+        super().join(others)
+        self._buffers = [self.recurrent_states]
+
+    def drop(self, row: int) -> None:
+        others = [buffer[:-1] for buffer in self._buffers if buffer is not self.recurrent_states]
+        super().drop(row)
+        self._buffers = [self.recurrent_states, *others]
 
     def reset(self) -> None:
         if self.in_place and self.conv_states is not None:

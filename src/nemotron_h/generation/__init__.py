@@ -1,9 +1,10 @@
 """Text from a model: `LLM` and `SamplingParams`.
 
-This is the plain engine, one sequence after the other, and stays as the oracle of every faster one.
+Texts decode together (batch.py), each with the bits that it has alone: one prompt at a time is the oracle of a list.
 """
 
-from nemotron_h.generation.llm import LLM, Completion, Event, Result, Usage
+from nemotron_h.generation.llm import LLM
 from nemotron_h.generation.params import SamplingParams
+from nemotron_h.generation.results import Completion, Event, Result, Usage
 
 __all__ = ["LLM", "Completion", "Event", "Result", "SamplingParams", "Usage"]

@@ -1,16 +1,14 @@
-"""`LLM`: prompts in, texts out; one sequence after the other.
+"""`LLM`: prompts in, texts out; several decode together (batch.py).
 
-Letters: B = 1 row · T tokens · V vocabulary.
+Letters: B rows · T tokens · V vocabulary.
 """
 
 from __future__ import annotations
 
-import copy
 import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,11 @@ from nemotron_h.adapters.active import ActiveAdapters
 from nemotron_h.cache import NemotronHHybridDynamicCache
 from nemotron_h.errors import InputError, ModelNotFoundError, UnsupportedError
 from nemotron_h.family.fields import short
+from nemotron_h.generation.batch import Batch, Stats, most_rows
 from nemotron_h.generation.params import SamplingParams
-from nemotron_h.generation.sampler import Sampler, top_logprobs
-from nemotron_h.generation.text import StopTexts, Text
+from nemotron_h.generation.results import Event, Result
+from nemotron_h.generation.sequence import Request
+from nemotron_h.generation.text import Text
 from nemotron_h.modeling import NemotronHForCausalLM
 from nemotron_h.quantization import is_packed
 
@@ -31,91 +31,8 @@ Prompt = str | Sequence[int]
 
 # Base checkpoints declare 11 (<|im_end|>, <SPECIAL_11>) and end documents with 2 (</s>); chat ones the other way round.
 FAMILY_STOP_IDS = (2, 11)
+_NOTHING_ELSE = {"output_hidden_states": False, "output_attentions": False, "output_router_logits": False}
 _SMALL = 2**22  # elements of the largest matrix; docs/log.md has the measurement
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens of a request."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One sample. finish_reason: "stop", "length" or "error" (`error` says why)."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    logprobs: list[dict[int, float]] | None = None
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """Answer to one prompt: `outputs` holds its n samples, the other attributes are those of the first."""
-
-    prompt_token_ids: list[int]
-    outputs: list[Completion]
-    usage: Usage
-    prompt_logprobs: list[dict[int, float] | None] | None = None
-
-    @property
-    def text(self) -> str:
-        return self.outputs[0].text
-
-    @property
-    def token_ids(self) -> list[int]:
-        return self.outputs[0].token_ids
-
-    @property
-    def finish_reason(self) -> str:
-        return self.outputs[0].finish_reason
-
-    @property
-    def logprobs(self) -> list[dict[int, float]] | None:
-        return self.outputs[0].logprobs
-
-    @property
-    def error(self) -> str | None:
-        return self.outputs[0].error
-
-
-@dataclass(frozen=True)
-class Event:
-    """One step of a stream: a token and the text that is certain with it. The last event has a finish_reason, and no
-    token_id when only held-back text was left."""
-
-    text: str
-    token_id: int | None
-    logprobs: dict[int, float] | None = None
-    finish_reason: str | None = None
-    error: str | None = None
-
-
-@dataclass
-class _Phase:
-    tokens: int = 0
-    seconds: float = 0.0
-
-
-@dataclass
-class _Prefilled:
-    """A prompt that the model has read: logits of its last token and the cache behind it."""
-
-    logits_V: Tensor
-    cache: NemotronHHybridDynamicCache
-    prompt_logprobs: list[dict[int, float] | None] | None = None
-
-
-@dataclass
-class _Stats:
-    steps: int = 0
-    prefill: _Phase = field(default_factory=_Phase)
-    decode: _Phase = field(default_factory=_Phase)
 
 
 class LLM:
@@ -132,8 +49,12 @@ class LLM:
             as an object is wrapped in place, its weights frozen (`load_adapter`).
         quantization: "bf16", "int8" or "int4" packs the weights of a checkpoint while they are read; None takes them as
             they are, packed ones included. A model in memory has `model.quantize("int4")`.
+        max_num_seqs: Most texts that decode together, samples of one prompt included; further ones wait, and begin when
+            one ends. It changes no token and no probability: fewer decode together where the kernels could not promise
+            that (8 with weights that are not packed; one with an adapter, with modules or hooks of your own inside the
+            blocks, off the CPU or in float16 and float64).
         speculative: Not in this version (`UnsupportedError`).
-        max_num_seqs, prefix_cache, num_speculative_tokens: Accepted; this engine runs one sequence at a time, without.
+        prefix_cache, num_speculative_tokens: Accepted; this engine has neither.
 
     Raises:
         ModelNotFoundError, CheckpointError, ConfigError: as `NemotronHForCausalLM.from_pretrained`; for adapters as
@@ -159,6 +80,8 @@ class LLM:
         for name, value in {"threads": threads, "max_model_len": max_model_len}.items():
             if value is not None and (type(value) is not int or value < 1):
                 raise InputError(f"{name}={short(value)}: must be an integer >= 1 or None")
+        if type(max_num_seqs) is not int or max_num_seqs < 1:
+            raise InputError(f"max_num_seqs={short(max_num_seqs)}: must be an integer >= 1")
         if isinstance(model, NemotronHForCausalLM):
             self.model, self._text = model, Text(None)
             if quantization is not None:  # would pack the caller's own model
@@ -179,7 +102,8 @@ class LLM:
         self._adapters = ActiveAdapters(self.model, adapters) if adapters else None
         self.threads = 1 if threads is None and _is_small(self.config) else threads
         self.max_model_len = max_model_len or self.model.config.max_position_embeddings
-        self._stats = _Stats()
+        self.max_num_seqs = max_num_seqs
+        self._stats = Stats()
 
     @property
     def config(self) -> Any:
@@ -235,7 +159,12 @@ class LLM:
         for p in chosen:
             self._check_params(p)
         encoded = [self._encode(prompt) for prompt in listed]  # all errors before any work
-        return [self._answer(ids, p) for ids, p in zip(encoded, chosen, strict=True)]
+        requests = [self._request(ids, p) for ids, p in zip(encoded, chosen, strict=True)]
+        for adapter in dict.fromkeys(p.adapter for p in chosen):  # which a pass can have only one of
+            own = [request for request in requests if request.params.adapter == adapter]
+            for _ in self._batch(own, adapter).run(own):
+                pass
+        return [request.result() for request in requests]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Event]:
         """The text of one prompt while it grows; `Event.text` pieces joined are `Result.text`. Errors as `generate`."""
@@ -244,7 +173,10 @@ class LLM:
         ids = self._encode(prompt)
         if params.n != 1:
             raise InputError(f"stream() writes one text, params.n is {params.n}")
-        return self._events(ids, params, self._prefill(ids, params), 0)
+        request = self._request(ids, params)
+        batch = self._batch([request], params.adapter)
+        batch.read(request)
+        return (event for _, event in batch.run([request]))
 
     def chat(
         self,
@@ -269,7 +201,7 @@ class LLM:
         """Log-probability of every prompt token given those before it; None for the first."""
         scores = []
         for ids in [self._encode(prompt, room=0) for prompt in _as_list(prompts)]:
-            logprobs_TV = self._forward(ids, None, all_logits=True)[0].log_softmax(-1)
+            logprobs_TV = self._forward([ids], None, True, None)[0].log_softmax(-1)
             actual = logprobs_TV[:-1].gather(1, torch.tensor(ids[1:], dtype=torch.long)[:, None])[:, 0]
             scores.append([None, *actual.tolist()])
         return scores
@@ -330,84 +262,34 @@ class LLM:
 
     # Running
 
-    def _answer(self, ids: list[int], params: SamplingParams) -> Result:
-        prefilled = self._prefill(ids, params)
-        outputs = []
-        for sample in range(params.n):
-            own = prefilled if sample == params.n - 1 else copy.deepcopy(prefilled)
-            outputs.append(_collect(self._events(ids, params, own, sample), params))
-        usage = Usage(len(ids), sum(len(output.token_ids) for output in outputs))
-        return Result(ids, outputs, usage, prefilled.prompt_logprobs)
-
-    def _prefill(self, ids: list[int], params: SamplingParams) -> _Prefilled:
-        start, count = time.perf_counter(), params.prompt_logprobs
-        cache = NemotronHHybridDynamicCache(self.config)
-        logits_TV, cache = self._forward(ids, cache, params.adapter, all_logits=count is not None)
-        assert cache is not None
-        prefilled = _Prefilled(logits_TV[-1], cache)
-        if count is not None:
-            rows = logits_TV[:-1].log_softmax(-1)
-            known = [top_logprobs(row_V, token, count) for row_V, token in zip(rows, ids[1:], strict=True)]
-            prefilled.prompt_logprobs = [None, *known]
-        self._stats.prefill.tokens += len(ids)
-        self._stats.prefill.seconds += time.perf_counter() - start
-        return prefilled
-
-    def _events(self, ids: list[int], params: SamplingParams, prefilled: _Prefilled, sample: int) -> Iterator[Event]:
-        sampler, decoder, stops = Sampler(params, ids, sample), self._text.decoder(), StopTexts(params.stops)
+    def _request(self, ids: list[int], params: SamplingParams) -> Request:
         ends = set(params.stop_token_ids or []) | (set() if params.ignore_eos else self.stop_token_ids)
-        room = min(params.max_tokens, self.max_model_len - len(ids))
-        logits_V, cache = prefilled.logits_V, prefilled.cache
-        for step in range(room):
-            token = sampler.choose(logits_V)
-            if token < 0:
-                yield Event(stops.finish(), None, None, "error", "the model's logits are not finite")
-                return
-            logprobs = None
-            if params.logprobs is not None:
-                logprobs = top_logprobs(logits_V.log_softmax(-1), token, params.logprobs)
-            ended, last = token in ends, step == room - 1
-            text = stops.push("" if ended else decoder.push(token))
-            if not stops.stopped and (ended or last):
-                text += stops.push(decoder.finish())
-                text += "" if stops.stopped else stops.finish()
-            if ended or last or stops.stopped:
-                yield Event(text, token, logprobs, "stop" if ended or stops.stopped else "length")
-                return
-            yield Event(text, token, logprobs)
-            start = time.perf_counter()
-            logits_V = self._forward([token], cache, params.adapter)[0][-1]
-            self._stats.decode.tokens += 1
-            self._stats.decode.seconds += time.perf_counter() - start
+        return Request(ids, params, self._text, ends, min(params.max_tokens, self.max_model_len - len(ids)))
+
+    def _batch(self, requests: Iterable[Request], adapter: str | None) -> Batch:
+        """For requests with this adapter."""
+        seats = min(self.max_num_seqs, sum(request.params.n for request in requests))
+        limit = most_rows(self.model) if seats > 1 else None
+        return Batch(
+            self.config,
+            partial(self._forward, adapter=adapter),
+            self._stats,
+            seats if limit is None else min(seats, limit),
+        )
 
     @torch.no_grad()
     def _forward(
-        self,
-        ids: list[int],
-        cache: NemotronHHybridDynamicCache | None,
-        adapter: str | None = None,
-        all_logits: bool = False,
-    ) -> tuple[Tensor, NemotronHHybridDynamicCache | None]:
-        """Logits [T or 1, V] on the CPU, and the extended cache."""
-        input_ids = torch.tensor([ids], dtype=torch.long, device=self.model.device)
+        self, ids: list[list[int]], cache: NemotronHHybridDynamicCache | None, all_logits: bool, adapter: str | None
+    ) -> Tensor:
+        """Float32 logits [B, T or 1, V] on the CPU; the cache is extended."""
+        input_ids = torch.tensor(ids, dtype=torch.long, device=self.model.device)
         with self._adapters.using(adapter) if self._adapters else nullcontext(), _threads(self.threads):
             out = self.model(
-                input_ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=0 if all_logits else 1
-            )
+                input_ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=0 if all_logits else 1,
+                **_NOTHING_ELSE,
+            )  # fmt: skip
         self._stats.steps += 1
-        return out.logits[0].float().cpu(), out.past_key_values
-
-
-def _collect(events: Iterator[Event], params: SamplingParams) -> Completion:
-    collected = list(events)
-    last = collected[-1]
-    return Completion(
-        text="".join(event.text for event in collected),
-        token_ids=[event.token_id for event in collected if event.token_id is not None],
-        finish_reason=last.finish_reason or "length",
-        logprobs=None if params.logprobs is None else [e.logprobs for e in collected if e.logprobs is not None],
-        error=last.error,
-    )
+        return out.logits.float().cpu()
 
 
 def _too_long(tokens: str, max_model_len: int) -> str:
