@@ -244,7 +244,7 @@ class NemotronHAttention(nn.Module):
         """Everything between the projections: [B, T, Q·d] of queries [B, T, Q·d], keys and values [B, T, K·d]."""
         if isinstance(cache, caches.RowsLayer):
             rows = zip(cache.rows, q_BTX.split(1), k_BTX.split(1), v_BTX.split(1), strict=True)
-            return torch.cat([self.attend(*qkv, Layout(layout.tokens, row.length), row) for row, *qkv in rows])
+            return torch.cat([self.attend(q, k, v, Layout(layout.tokens, row.length), row) for row, q, k, v in rows])
         heads = (-1, self.head_dim)
         k_BKSd, v_BKSd = k_BTX.unflatten(-1, heads).transpose(1, 2), v_BTX.unflatten(-1, heads).transpose(1, 2)
         if cache is not None:
