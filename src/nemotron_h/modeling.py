@@ -242,24 +242,30 @@ class NemotronHAttention(nn.Module):
         cache: caches.AttentionLayer | caches.RowsLayer | None,
     ) -> Tensor:
         """Everything between the projections: [B, T, Q·d] of queries [B, T, Q·d], keys and values [B, T, K·d]."""
-        if isinstance(cache, caches.RowsLayer):
-            rows = zip(cache.rows, q_BTX.split(1), k_BTX.split(1), v_BTX.split(1), strict=True)
-            return torch.cat([self.attend(q, k, v, Layout(layout.tokens, row.length), row) for row, q, k, v in rows])
         heads = (-1, self.head_dim)
-        k_BKSd, v_BKSd = k_BTX.unflatten(-1, heads).transpose(1, 2), v_BTX.unflatten(-1, heads).transpose(1, 2)
+        q_BTQd = q_BTX.unflatten(-1, heads)
+        k_BKTd, v_BKTd = k_BTX.unflatten(-1, heads).transpose(1, 2), v_BTX.unflatten(-1, heads).transpose(1, 2)
+        if not isinstance(cache, caches.RowsLayer):
+            return self._attend(q_BTQd, k_BKTd, v_BKTd, layout, cache).flatten(2)
+        rows = zip(cache.rows, q_BTQd.split(1), k_BKTd.split(1), v_BKTd.split(1), strict=True)
+        each = [self._attend(q, k, v, Layout(layout.tokens, row.length), row) for row, q, k, v in rows]
+        return torch.cat(each).flatten(2)
+
+    def _attend(
+        self, q_BTQd: Tensor, k_BKSd: Any, v_BKSd: Any, layout: Layout, cache: caches.AttentionLayer | None
+    ) -> Tensor:
         if cache is not None:
             k_BKSd, v_BKSd = cache.append(k_BKSd, v_BKSd)
-
-        seen = layout.visibility(self.sliding_window, q_BTX.device)
+        seen = layout.visibility(self.sliding_window, q_BTQd.device)
         wanted = None if layout.recorder is None else layout.recorder.attentions
         result = attention(
-            q_BTX.unflatten(-1, heads), k_BKSd, v_BKSd, seen.visible, seen.causal,
-            self.dropout if self.training else 0.0, past=seen.past, window=seen.window,
+            q_BTQd, k_BKSd, v_BKSd, seen.visible, seen.causal, self.dropout if self.training else 0.0,
+            past=seen.past, window=seen.window,
             return_weights=wanted is not None or self.config._attn_implementation == "eager",
         )  # fmt: skip
         if wanted is not None and result.weights is not None:
             wanted[self.layer_idx] = result.weights
-        return result.output.flatten(2)
+        return result.output
 
 
 class NemotronHMLP(nn.Module):

@@ -142,14 +142,15 @@ class AttentionLayer(CacheLayer):
 
     def _write(self, buffer: Tensor | None, new: Tensor, end: int) -> Tensor:
         """The buffer [B, K, capacity, ...] with `new` [B, K, T, ...] behind the slots in use."""
-        used = None if buffer is None or self.length == 0 else buffer[:, :, : self.length]
+        is_new = buffer is None or self.length == 0
         if torch.is_grad_enabled():  # a graph may hold what was here, even where only the queries are trained
-            return new if used is None else torch.cat([used, new], dim=2)
-        if used is None or buffer is None or buffer.shape[2] < end:
+            return new if buffer is None or is_new else torch.cat([buffer[:, :, : self.length], new], dim=2)
+        if buffer is None or is_new or buffer.shape[2] < end:
             batch, heads, _, *sizes = new.shape
-            buffer = new.new_zeros(batch, heads, -(-end // BLOCK) * BLOCK, *sizes)
-            if used is not None:
-                buffer[:, :, : self.length] = used
+            grown = new.new_zeros(batch, heads, -(-end // BLOCK) * BLOCK, *sizes)
+            if buffer is not None:
+                grown[:, :, : self.length] = buffer[:, :, : self.length]
+            buffer = grown
         buffer[:, :, self.length : end] = new
         return buffer
 
