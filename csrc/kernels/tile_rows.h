@@ -41,11 +41,13 @@ inline bool takes_tiles(const Weights& w, const Rows& x, size_t count) {
 constexpr size_t tile_slab = 512;  // columns; of bfloat16 half as many
 constexpr size_t pair_rows = 2 * tile_height;
 
+// Two of them lie side by side. Were they a multiple of 4 KB apart, what is stored to one would hold up loads of the other.
 struct TileSlab {
     alignas(64) uint8_t values[2][tile_slab * panel_rows];                // [panel][four k][row][k]: a tile in each KB
     alignas(64) float scales[2][tile_slab / chunk_cols * panel_rows];    // [panel][group][row]
     alignas(64) float minimums[2][tile_slab / chunk_cols * panel_rows];
 };
+static_assert(sizeof(TileSlab) % 4096 == 2048, "as far apart as can be");
 
 // Tiles of rows. The last one begins 16 rows before the end, so that it reads nothing beyond: rows that it shares with the
 // one before it are multiplied twice and used once. Fewer than 16 rows are one tile of that height.

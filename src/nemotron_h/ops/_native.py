@@ -191,7 +191,7 @@ def extension() -> ModuleType:
 
 
 def cpu_features() -> dict[str, bool]:
-    """Instruction sets that CPU and operating system allow, and two facts about matrix units; empty without the extension.
+    """Instruction sets that CPU and operating system allow, and two facts about AMX; empty without the extension.
 
     `amx_permission`: the system has granted this process their registers. `amx_works`: the build has kernels for them,
     and their products are what the other levels compute, so `levels()` has "amx".
