@@ -19,6 +19,7 @@ from nemotron_h.cache import AttentionLayer, BatchCache, MambaLayer
 from nemotron_h.errors import UnsupportedError
 from nemotron_h.generation import Result
 from nemotron_h.generation.batch import Batch, most_rows
+from nemotron_h.generation.sampler import Sampler
 from nemotron_h.ops import _native, block_step
 from nemotron_h.ops.linear import native as linear
 
@@ -185,6 +186,15 @@ def test_a_prompt_is_read_once_for_all_its_samples() -> None:
     assert len({tuple(output.token_ids) for output in result.outputs}) > 5
 
 
+def test_many_samples_of_a_prompt_hold_it_only_while_they_grow() -> None:
+    llm, kept = LLM(made("float32"), max_num_seqs=2), []
+    with hooked(llm, lambda _module, args, _output: kept.append(alive(Sampler) - args[0].shape[0])):
+        gc.collect()
+        before = alive(Sampler)
+        llm.generate([[1, 2, 3]], SamplingParams(n=9, seed=4, max_tokens=3, ignore_eos=True))
+    assert set(kept[1:]) == {before}  # one for each row
+
+
 def test_how_many_rows_keep_their_bits(environment: Callable[..., None]) -> None:
     steps = block_step.MOST_ROWS if _native.levels() else 1
     assert most_rows(made("float32")) == min(steps, linear.MOST_ROWS)
@@ -338,7 +348,7 @@ def test_an_interrupted_call_leaves_nothing_behind() -> None:
 
 
 def alive(kind: type) -> int:
-    return sum(isinstance(thing, kind) for thing in gc.get_objects())
+    return sum(issubclass(type(thing), kind) for thing in gc.get_objects())  # isinstance would ask for __class__
 
 
 def test_a_text_that_ended_holds_no_memory() -> None:

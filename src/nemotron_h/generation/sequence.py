@@ -43,6 +43,8 @@ class Sequence:
         event = self._next(logits_V)
         self.finished = event.finish_reason is not None
         self.events.append(event)
+        if self.finished:
+            del self.sampler, self.decoder, self.stops  # many samples of a long prompt would keep it many times
         return event
 
     def _next(self, logits_V: Tensor) -> Event:
@@ -80,9 +82,9 @@ class Request:
 
     def __init__(self, ids: list[int], params: SamplingParams, text: Text, ends: Set[int], room: int) -> None:
         self.ids, self.params = ids, params
-        self.samples = [Sequence(ids, params, sample, text, ends, room) for sample in range(params.n)]
+        self.samples: list[Sequence] = []  # that have begun
         self.prompt_logprobs: list[dict[int, float] | None] | None = None
-        self._waiting = self.samples[::-1]
+        self._how = text, ends, room
         self._logits_V: Tensor | None = None
         self._cache: NemotronHHybridDynamicCache | None = None
 
@@ -93,7 +95,7 @@ class Request:
     @property
     def waits(self) -> bool:
         """Whether a sample has not begun."""
-        return bool(self._waiting)
+        return len(self.samples) < self.params.n
 
     def read(self, logits_TV: Tensor, cache: NemotronHHybridDynamicCache) -> None:
         """What the model made of the prompt: float32 logits, of its last token at least, and the cache behind it."""
@@ -107,10 +109,10 @@ class Request:
     def begin(self) -> tuple[Sequence, Event, NemotronHHybridDynamicCache | None]:
         """The next sample's first token, and a cache of its own, unless that was all."""
         assert self._logits_V is not None
-        sequence = self._waiting.pop()
-        event = sequence.advance(self._logits_V)
-        cache = self._cache
-        if not self._waiting:
+        sequence = Sequence(self.ids, self.params, len(self.samples), *self._how)
+        self.samples.append(sequence)
+        event, cache = sequence.advance(self._logits_V), self._cache
+        if not self.waits:
             self._logits_V = self._cache = None
         elif not sequence.finished:
             cache = copy.deepcopy(cache)
