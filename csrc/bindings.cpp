@@ -159,4 +159,6 @@ NB_MODULE(_native, m) {
     def_kernel<Gil::release>(table, "time_step", &Kernels::time_step);
     def_kernel<Gil::release>(table, "attention", &Kernels::attention);
     def_kernel<Gil::release>(table, "attention_prefill", &Kernels::attention_prefill);
+    def_kernel<Gil::release>(table, "peak", &Kernels::peak);
+    m.attr("peak_sinks") = peak_sinks;
 }

@@ -17,7 +17,7 @@
 namespace nemotron_h {
 
 // Raised whenever a signature below changes; src/nemotron_h/ops/_native.py refuses a library with another number.
-constexpr int interface_version = 3;
+constexpr int interface_version = 4;
 
 // Totally ordered: a CPU that has one level has all the lower ones.
 enum class Level : int { generic = 0, avx2 = 1, avx512 = 2, amx = 3 };
@@ -184,6 +184,13 @@ using AttentionOutput = void(const AttentionBlock* block, const void* x, const v
 using MlpBlockStep = void(const MlpBlock* block, const void* x, Dtype dtype, size_t rows, void* out, void* scratch) noexcept;
 using MoeBlockStep = void(const MoeBlock* block, const void* x, Dtype dtype, size_t rows, void* out, void* scratch) noexcept;
 
+// Multiply-adds in registers on every thread of the pool, `rounds` rounds of each: the operations done by all together, a
+// multiply-add being two, so that a clock around the call gives the peak of an arithmetic. sinks: threads() floats, at most
+// 64, where sums go that nobody needs.
+enum class PeakKind : int { float32 = 0, bf16 = 1, int8 = 2 };
+constexpr size_t peak_sinks = 64;
+using Peak = double(PeakKind kind, size_t rounds, float* sinks) noexcept;
+
 // One line per kernel: its type and its name. The table, the declarations and isa.cpp follow from it.
 #define NEMOTRON_H_KERNELS(kernel)            \
     kernel(RmsNorm, rms_norm)                 \
@@ -205,7 +212,8 @@ using MoeBlockStep = void(const MoeBlock* block, const void* x, Dtype dtype, siz
     kernel(MlpBlockStep, mlp_block)           \
     kernel(MoeBlockStep, moe_block)           \
     kernel(Attention, attention)              \
-    kernel(Attention, attention_prefill)
+    kernel(Attention, attention_prefill)      \
+    kernel(Peak, peak)
 
 struct Kernels {
 #define NEMOTRON_H_MEMBER(type, name) type* name;

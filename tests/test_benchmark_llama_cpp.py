@@ -1,5 +1,6 @@
 """The files for llama.cpp, read back by the gguf package, and the worker on a stand-in for llama_cpp."""
 
+import json
 import math
 import os
 import stat
@@ -201,9 +202,9 @@ calls = []
 class Params:
     pass
 class Batch:
-    def __init__(self, ids, count):
-        self.ids, self.count = list(ids), count
-logits = None
+    def __init__(self, size, width):
+        self.n_tokens, self.token, self.pos, self.n_seq_id = 0, [-1] * size, [-1] * size, [0] * size
+        self.seq_id, self.logits = [[-1] * width for _ in range(size)], [None] * size
 def note(*call):
     with open(os.environ["STAND_IN_LOG"], "a") as log:
         log.write(json.dumps(call) + "\\n")
@@ -215,13 +216,19 @@ def llama_model_load_from_file(path, params):
         note("load", file.read(4).decode())
     return "" if os.environ.get("STAND_IN_REFUSES") else "model"
 def llama_init_from_model(model, params):
-    note("init", params.n_ctx, params.n_threads, params.n_threads_batch)
-    return "context"
+    note("init", params.n_ctx, params.n_seq_max, params.n_threads, params.n_threads_batch)
+    return "context of %d" % params.n_seq_max
 def llama_model_size(model): return 1234
-def llama_batch_get_one(ids, count): return Batch(ids, count)
+def llama_batch_init(size, embd, width): return Batch(size, width)
+def llama_batch_free(batch): note("free", "batch")
+def llama_free(context): note("free", context)
 def llama_decode(context, batch):
-    assert len(batch.ids) == batch.count and all(0 <= i < 50 for i in batch.ids)
-    note("decode", batch.count)
+    n = batch.n_tokens
+    assert all(0 <= i < 50 for i in batch.token[:n]) and all(i == 1 for i in batch.n_seq_id[:n])
+    note("decode", n)
+    if os.environ.get("STAND_IN_ROWS"):
+        rows = zip(batch.seq_id[:n], batch.pos[:n], batch.logits[:n])
+        note("rows", *((s[0], p, bool(l)) for s, p, l in rows))
     return int(os.environ.get("STAND_IN_STATUS", "0"))
 def llama_synchronize(context): note("synchronize")
 def llama_get_memory(context): return "memory"
@@ -244,7 +251,7 @@ def stand_in(tmp_path, monkeypatch):
 
 
 def log(tmp_path):
-    return [eval(line) for line in (tmp_path / "log").read_text().replace("true", "True").splitlines()]
+    return [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
 
 
 def test_the_worker(stand_in, tmp_path):
@@ -259,13 +266,56 @@ def test_the_worker(stand_in, tmp_path):
         assert worker.ask("decode", tokens=3)["finite"] is True
         worker.ask("fill", context=1200)
         worker.ask("fill", context=600)
-    calls = [call for call in log(tmp_path) if call[0] != "synchronize"]
+        calls = [call for call in log(tmp_path) if call[0] != "synchronize"]
     ones = ["decode", 1]
-    assert calls[:3] == [["load", "GGUF"], ["init", 2048, 2, 2], ones]
+    assert calls[:3] == [["load", "GGUF"], ["init", 2048, 1, 2, 2], ones]
     assert calls[3:12] == [["clear", "memory", True], *[ones] * 4, *[ones] * 3, ["decode", 512]]
     assert calls[12:19] == [["decode", 512], ["decode", 1200 - 7 - 1024], *[ones] * 4, ["clear", "memory", True]]
     assert calls[19:] == [["decode", 512], ["decode", 88], *[ones] * 4]
     assert log(tmp_path).count(["synchronize"]) == sum(call[0] == "decode" for call in calls)
+
+
+@pytest.fixture
+def loaded(stand_in, tmp_path, monkeypatch):
+    """A worker with a model, whose log is empty."""
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"GGUF")
+    monkeypatch.setenv("STAND_IN_ROWS", "1")
+    with Worker("llama.cpp", stand_in, llama_cpp.PROGRAM, 1) as worker:
+        worker.ask("load", path=str(path), vocab=50, context=2048, threads=1)
+        (tmp_path / "log").write_text("")
+        yield worker
+
+
+def test_the_worker_reads_prompts(loaded, tmp_path):
+    answer = loaded.ask("prefill", tokens=1100)
+    assert (answer["tokens"], answer["finite"]) == (1100, True)
+    assert answer["seconds"] > 0
+    calls = [call for call in log(tmp_path) if call[0] != "synchronize"]
+    assert calls[0] == ["clear", "memory", True]
+    assert [call[1] for call in calls if call[0] == "decode"] == [512, 512, 76]
+    last = calls[-1][1:]
+    assert [position for _, position, _ in last] == list(range(1024, 1100))
+    assert [asked for _, _, asked in last] == [False] * 75 + [True]
+
+
+def test_the_worker_verifies(loaded, tmp_path):
+    """A step of several tokens wants the logits of each."""
+    answer = loaded.ask("verify", steps=2, tokens=4)
+    assert answer["tokens"] == 8
+    rows = [call[1:] for call in log(tmp_path) if call[0] == "rows"]
+    assert rows == [[[0, 1 + 4 * step + i, True] for i in range(4)] for step in range(2)]
+
+
+def test_the_worker_decodes_sequences_together(loaded, tmp_path):
+    loaded.ask("gather", sequences=3, tokens=300)
+    assert loaded.ask("together", tokens=2)["tokens"] == 6
+    loaded.ask("gather", sequences=2, tokens=10)
+    calls = [call for call in log(tmp_path) if call[0] not in ("synchronize", "decode")]
+    assert calls[0] == ["init", 3 * 512, 3, 1, 1]
+    steps = [[[sequence, position, True] for sequence in range(3)] for position in range(22)]
+    assert [call[1:] for call in calls[1:23]] == steps
+    assert calls[23:26] == [["free", "batch"], ["free", "context of 3"], ["init", 2 * 256, 2, 1, 1]]
 
 
 def test_the_worker_sees_bad_logits_and_failures(stand_in, tmp_path, monkeypatch):

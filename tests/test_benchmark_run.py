@@ -13,10 +13,12 @@ import pytest
 
 from helpers import tiny_config
 from nemotron_h import __version__, family
-from nemotron_h.benchmark import Options, Subject, engines, limits, run
+from nemotron_h.benchmark import LeftOut, Options, Subject, engines, limits, rounds, run
 from nemotron_h.errors import ConfigError, InputError, NemotronHError
+from nemotron_h.ops import _native
 
 run_module = sys.modules[run.__module__]
+PLAIN = {"prompts": (), "sequences": ()}
 
 GB = 10**9
 PEERS = ("llama.cpp", "transformers")
@@ -33,6 +35,7 @@ class FakeWorker:
     speed = {"nemotron-h": 100.0, "llama.cpp": 50.0, "transformers": 10.0}  # noqa: RUF012
     finite = True
     broken = None
+    equal = True
     most = 0
 
     def __init__(self, name, python, program, threads):
@@ -55,9 +58,18 @@ class FakeWorker:
         answer = {"peak_bytes": 7}
         if action == "load":
             answer |= {"seconds": 1.5, "weight_bytes": 5, "version": "9"}
-        if action == "decode":
-            answer |= {"seconds": arguments["tokens"] / (self.speed[self.name] + self.rounds), "finite": self.finite}
+        tokens = arguments.get("steps", 1) * arguments.get("tokens", 1)
+        if action == "together":
+            tokens *= self.sequences
+        if action == "gather":
+            self.sequences = arguments["sequences"]
+        if action in ("decode", "verify", "prefill", "together"):
+            seconds = tokens / (self.speed[self.name] + self.rounds)
+            answer |= {"tokens": tokens, "seconds": seconds, "finite": self.finite}
             self.rounds += 1
+        if action == "check_bits":
+            answer |= {"compared": {"a": 9}, "differing": {"a": 0 if self.equal else 1}, "rounding": [7, 2]}
+            answer |= {"promised": True}
         if action == "compare_paths":
             answer |= {"tokens_per_second": {"step": 100.0, "model.generate": 86.0, "LLM.generate": 99.0}}
         return answer
@@ -67,12 +79,13 @@ class FakeWorker:
 def worker(monkeypatch):
     """Engines without processes, a machine with 100 GB and a meter that says 1, 2, 3 ... GB/s."""
     fake = type("Fake", (FakeWorker,), {"log": [], "alive": set(), "most": 0})
-    monkeypatch.setattr(run_module, "Worker", fake)
+    monkeypatch.setattr(rounds, "Worker", fake)
     monkeypatch.setattr(engines, "Worker", fake)
     monkeypatch.setattr(engines.llama_cpp, "check_installed", lambda python: None)
     monkeypatch.setattr(limits, "available_memory", lambda: 100 * GB)
     monkeypatch.setattr(limits, "ReadBandwidth", Meter)
-    monkeypatch.setattr(run_module, "_REST", 0)
+    monkeypatch.setattr(limits, "peaks", lambda threads: {"int8": 2e12 * threads, "bf16": 1e12 * Meter.measured})
+    monkeypatch.setattr(rounds, "_REST", 0)
     Meter.measured = 0
     return fake
 
@@ -101,57 +114,169 @@ def asked(worker, *actions):
 
 
 def test_turns(worker, subject):
-    report = run(subject, Options((64, 0, 64), tokens=10, repeats=3, threads=2, peers=PEERS))
+    report = run(subject, Options((64, 0, 64), tokens=10, repeats=3, threads=2, peers=PEERS, **PLAIN))
     assert [entry[0] for entry in asked(worker, "load")] == ["nemotron-h", "llama.cpp", "transformers"]
     assert [(entry[0], entry[2]["context"]) for entry in asked(worker, "fill")] == [
-        (name, context) for context in (0, 64) for name in ("nemotron-h", "llama.cpp", "transformers")
+        (name, context) for context in (0, 64, 0) for name in ("nemotron-h", "llama.cpp", "transformers")
     ]
     turns = [entry[0][0] for entry in asked(worker, "decode") if entry[2]["tokens"] == 10]
     assert "".join(turns) == 2 * ("nlt" + "tln" + "nlt")
     assert worker.most == 3
     assert not worker.alive
     assert Meter.measured == -1
-    assert report.machine.bandwidth == [GB * n for n in range(2, 8)]  # the first one was to warm up
-    assert report.machine.read_bytes_per_second == 4.5 * GB
+    assert report.machine.bandwidth == [GB * n for n in range(2, 11)]  # the first one was to warm up
+    assert report.machine.read_bytes_per_second == 6 * GB
+    assert report.machine.peaks == {"int8": [4e12] * 9, "bf16": [1e12 * n for n in range(2, 11)]}
+    assert (report.machine.peak("int8"), report.machine.peak("bf16")) == (4e12, 6e12)
+    assert report.machine.peak("float32") is None
 
 
 def test_what_is_reported(worker, subject):
-    report = run(subject, Options((0, 64), tokens=10, repeats=3, threads=2, peers=PEERS))
+    report = run(subject, Options((0, 64), tokens=10, repeats=3, threads=2, peers=PEERS, **PLAIN))
+    decode, machine = report.of("decode"), report.machine
     spec = family.describe(subject.config)
     assert (report.model, report.pattern, report.parameters) == ("tiny", "ME*EM", family.count(spec).total)
     assert report.machine.version == __version__
     assert report.machine.threads == 2
-    assert [(row.context, row.engine, row.format) for row in report.decode] == [
+    assert [(row.size, row.engine, row.format) for row in decode] == [
         (context, *engine)
         for context in (0, 64)
         for engine in (("nemotron-h", "int4"), ("llama.cpp", "Q4_0"), ("transformers", "bfloat16"))
     ]
-    first = report.decode[0]
+    first = decode[0]
     assert first.rates == pytest.approx([100, 101, 102])
     assert first.tokens_per_second == pytest.approx(101)
     bits = {"nemotron-h": (8 * family.DTYPE_BYTES["int4"], 2), "llama.cpp": (4.5, 4), "transformers": (16, 2)}
-    for row in report.decode:
-        reads = family.decode_reads(spec, *bits[row.engine], row.context)
+    for row in decode:
+        reads = family.decode_reads(spec, *bits[row.engine], row.size)
         assert row.bytes_per_token == reads.total
         assert row.bytes_per_second == pytest.approx(reads.total * statistics.median(row.rates))
-        assert report.share(row) == pytest.approx(row.bytes_per_second / report.machine.read_bytes_per_second)
+        assert row.share_of_bandwidth(machine) == pytest.approx(row.bytes_per_second / machine.read_bytes_per_second)
+        assert row.operations_per_token == family.operations(spec, 1, context=row.size).total
+        assert row.arithmetic == ("bf16" if row.engine == "transformers" else "int8")
+        share = row.operations_per_token * row.tokens_per_second / machine.peak(row.arithmetic)
+        assert row.share_of_peak(machine) == pytest.approx(share)
     assert {(e.version, e.first_token_seconds, e.packed_bytes, e.peak_bytes) for e in report.engines} == {
         ("9", 1.5, 5, 7)
     }
     assert [engine.weights for engine in report.engines] == ["random", "loaded", "random"]
-    assert [(r["peer"], r["context"], round(r["ratio"], 2)) for r in report.ratios] == [
+    assert [(r["peer"], r["context"], round(r["ratio"], 2)) for r in report.ratios if r["measure"] == "decode"] == [
         ("llama.cpp", 0, 1.98), ("transformers", 0, 9.18), ("llama.cpp", 64, 1.93), ("transformers", 64, 7.43)
     ]  # fmt: skip
     assert report.paths is None
 
 
+def test_prompts_and_batches(worker, subject):
+    options = Options((8,), tokens=10, repeats=2, threads=2, peers=PEERS, prompts=(600, 200), sequences=(4, 1))
+    report = run(subject, options)
+    names = ("nemotron-h", "llama.cpp", "transformers")
+    assert [(row.measure, row.size, row.engine) for row in report.rows] == [
+        (*work, name)
+        for work in (("decode", 8), ("verify", 4), ("prefill", 200), ("prefill", 600), ("batch", 1), ("batch", 4))
+        for name in names
+    ]
+    prompts = [(entry[0], entry[2]["tokens"]) for entry in asked(worker, "prefill")]
+    turns = [*names, *reversed(names)]
+    assert prompts == [(name, 128) for name in names] + [(name, 200) for name in turns] + [(n, 600) for n in turns]
+    assert {tuple(entry[2].items()) for entry in asked(worker, "verify")} == {(("steps", 3), ("tokens", 4))}
+    gathered = [(entry[0], *entry[2].values()) for entry in asked(worker, "gather")]
+    assert gathered == [(name, count, 20) for count in (1, 4) for name in names]
+    assert [entry[0] for entry in asked(worker, "together")] == turns + turns
+    assert asked(worker, "load")[1][2]["context"] == 768, "llama.cpp is asked for room for the longest prompt"
+
+
+def test_the_arithmetic_of_each_kind_of_work(worker, subject):
+    options = Options((8,), tokens=10, repeats=2, threads=2, prompts=(200,), sequences=(3,))
+    report = run(subject, options)
+    spec, bits = family.describe(subject.config), 8 * family.DTYPE_BYTES["int4"]
+    for row, tokens, sequences, context, logits in zip(
+        report.rows, (1, 4, 200, 1), (1, 1, 1, 3), (8, 8, 0, 0), (1, 4, 1, 1), strict=True
+    ):
+        reads = family.decode_reads(spec, bits, 2, context, tokens=tokens, sequences=sequences)
+        done = family.operations(spec, tokens, sequences, context, logits)
+        assert row.bytes_per_token == pytest.approx(reads.total / (tokens * sequences)), row.measure
+        assert row.operations_per_token == pytest.approx(done.total / (tokens * sequences)), row.measure
+        by_memory = report.machine.read_bytes_per_second / row.bytes_per_token
+        assert row.limit(report.machine) == pytest.approx(min(by_memory, 4e12 / row.operations_per_token))
+    batch = report.of("batch")[0]
+    assert batch.tokens_per_second == pytest.approx(statistics.mean(batch.rates))
+    assert 100 < min(batch.rates) < max(batch.rates) < 120, "the tokens of all sequences count"
+
+
+def test_prompts_that_would_take_too_long(worker, subject):
+    """1000, 50 and 10 tok/s at first, one more in every round: 600 tokens take llama.cpp ten seconds."""
+    worker.speed = {"nemotron-h": 1000.0, "llama.cpp": 50.0, "transformers": 10.0}
+    options = Options((0,), tokens=1, repeats=4, peers=PEERS, prompts=(200, 600), sequences=(), limit=21)
+    said = []
+    report = run(subject, options, said.append)
+    counts = {(row.engine, row.size): len(row.rates) for row in report.of("prefill")}
+    assert counts == {
+        ("nemotron-h", 200): 4, ("nemotron-h", 600): 4, ("llama.cpp", 200): 4, ("llama.cpp", 600): 2,
+        ("transformers", 200): 1,
+    }  # fmt: skip
+    assert [(left.measure, left.engine, left.size) for left in report.left_out] == [("prefill", "transformers", 600)]
+    assert isinstance(report.left_out[0], LeftOut)
+    rate = report.of("prefill")[2].tokens_per_second
+    assert report.left_out[0].seconds == pytest.approx(600 / rate)
+    assert any("600 tokens left out: would take" in line for line in said)
+
+
+def test_a_prompt_that_every_engine_is_spared(worker, subject):
+    report = run(subject, Options((0,), tokens=1, repeats=2, prompts=(2000,), sequences=(), limit=1e-3))
+    assert not report.of("prefill")
+    assert [left.size for left in report.left_out] == [2000]
+
+
+def test_prompts_by_default(worker, subject):
+    def prompts(length, options):
+        config = subject.config | {"max_position_embeddings": length}
+        return [row.size for row in run(dataclasses.replace(subject, config=config), options).of("prefill")]
+
+    few = {"tokens": 1, "repeats": 1, "sequences": ()}
+    assert prompts(100_000, Options((0,), **few)) == [512, 2048]
+    assert prompts(2047, Options((0,), **few)) == [512]
+    assert prompts(600, Options((0,), prompts=(600, 10, 10), **few)) == [10, 600]
+    with pytest.raises(InputError, match="--prefill 601: the model's longest is 600"):
+        prompts(600, Options((0,), prompts=(601, 10), **few))
+
+
+def test_bits(worker, subject):
+    report = run(subject, Options((0,), tokens=1, repeats=1, peers=PEERS, **PLAIN))
+    assert [(name, arguments) for name, _, arguments in asked(worker, "check_bits")] == [
+        ("nemotron-h", {"tokens": 150, "sequences": 16})
+    ]
+    assert report.bits.equal
+    assert report.good
+    worker.equal = False
+    report = run(subject, Options((0,), tokens=1, repeats=1, **PLAIN))
+    assert not report.good
+    unpromised = dataclasses.replace(report.bits, promised=False)
+    assert dataclasses.replace(report, bits=unpromised).good
+    short = dataclasses.replace(subject, config=subject.config | {"max_position_embeddings": 40})
+    worker.log.clear()
+    run(short, Options((0,), tokens=1, repeats=1, **PLAIN))
+    assert asked(worker, "check_bits")[0][2]["tokens"] == 40
+
+
+def test_memory_for_batches_and_prompts(subject):
+    spec = family.describe(subject.config)
+    cache = family.cache_bytes(spec, "bfloat16")
+
+    def caches(**options):
+        return run_module._caches(spec, run_module._plan(spec, Options((64,), **options)))
+
+    assert caches(**PLAIN) == cache.fixed + 64 * cache.per_token
+    assert caches(prompts=(), sequences=(1, 9)) == 10 * cache.fixed + 64 * cache.per_token
+    assert caches(prompts=(500,), sequences=()) == cache.fixed + 500 * cache.per_token + run_module._PASS_BYTES
+
+
 def test_requests(worker, subject):
-    run(subject, Options((0, 1000), tokens=10, repeats=3, threads=2, peers=PEERS))
+    run(subject, Options((0, 1000), tokens=10, repeats=3, threads=2, peers=PEERS, **PLAIN))
     requests = {name: arguments for name, _, arguments in asked(worker, "load")}
     assert requests["nemotron-h"] == {"config": subject.config, "path": None, "quantization": "int4", "threads": 2}
     assert requests["transformers"] == {"config": subject.config, "threads": 2}
     llama = requests["llama.cpp"]
-    assert llama["context"] >= 1000 + 30 + 4 + 1
+    assert llama["context"] >= 1000 + 3 * (10 + 2) + 4 + 1
     assert llama["context"] % 256 == 0
     assert (llama["vocab"], llama["threads"]) == (50, 2)
     assert {entry[3] for entry in worker.log if entry[1] == "start"} == {2}
@@ -161,9 +286,10 @@ def test_stored_weights(worker, subject):
     stored = Subject("dir", subject.config | {"dtype": "float32"}, "/some/dir", None)
     report = run(stored, Options((0,), tokens=2, repeats=1))
     assert report.engines[0].weights == "loaded"
-    assert report.decode[0].format == "float32"
+    assert report.rows[0].format == "float32"
     reads = family.decode_reads(family.describe(subject.config), 32, 4, 0)
-    assert report.decode[0].bytes_per_token == reads.total
+    assert report.rows[0].bytes_per_token == reads.total
+    assert report.rows[0].arithmetic == "float32"
     assert asked(worker, "load")[0][2] | {"threads": 0} == {
         "config": None, "path": "/some/dir", "quantization": None, "threads": 0
     }  # fmt: skip
@@ -172,9 +298,9 @@ def test_stored_weights(worker, subject):
 def test_bfloat16_against_bfloat16(worker, subject):
     """Packed or not, every engine reads two bytes a weight."""
     report = run(dataclasses.replace(subject, quantization="bf16"), Options((0,), tokens=2, repeats=1, peers=PEERS))
-    formats = {row.engine: row.format for row in report.decode}
+    formats = {row.engine: row.format for row in report.rows}
     assert formats == {"nemotron-h": "bf16", "llama.cpp": "BF16", "transformers": "bfloat16"}
-    reads = {row.engine: row.bytes_per_token for row in report.decode}
+    reads = {row.engine: row.bytes_per_token for row in report.of("decode")}
     expected = family.decode_reads(family.describe(subject.config), 16, 2, 0).total
     assert reads["nemotron-h"] == reads["transformers"] == expected
 
@@ -183,8 +309,8 @@ def test_packed_checkpoints_say_what_they_are(worker, subject):
     config = subject.config | {"quantization_config": {"quant_method": "nemotron_h", "format": "int8"}}
     report = run(Subject("dir", config, "/some/dir", None), Options((0,), tokens=2, repeats=1))
     bits = 8 * family.DTYPE_BYTES["int8"]
-    assert report.decode[0].format == "int8"
-    assert report.decode[0].bytes_per_token == family.decode_reads(family.describe(config), bits, 2, 0).total
+    assert report.rows[0].format == "int8"
+    assert report.rows[0].bytes_per_token == family.decode_reads(family.describe(config), bits, 2, 0).total
 
 
 def test_a_tied_head_is_read_as_it_is_stored(worker, subject):
@@ -192,7 +318,7 @@ def test_a_tied_head_is_read_as_it_is_stored(worker, subject):
     report = run(Subject("tied", config, None, "int4"), Options((0,), tokens=2, repeats=1))
     bits = 8 * family.DTYPE_BYTES["int4"]
     reads = family.decode_reads(family.describe(config), bits, 2, 0, head_bits=16)
-    assert report.decode[0].bytes_per_token == reads.total
+    assert report.rows[0].bytes_per_token == reads.total
 
 
 def test_loading_random_weights_from_files(worker, subject):
@@ -211,10 +337,10 @@ def test_one_after_the_other_where_memory_is_short(worker, subject, monkeypatch)
     each = engines.needed(engines.transformers(subject, family.describe(subject.config), "", 1), 0)
     monkeypatch.setattr(limits, "available_memory", lambda: limits.SET_BYTES + int(2.5 * each))
     said = []
-    report = run(subject, Options((0, 64), tokens=10, repeats=2, peers=PEERS), said.append)
+    report = run(subject, Options((0, 64), tokens=10, repeats=2, peers=PEERS, **PLAIN), said.append)
     assert worker.most == 1
     assert any("one after the other" in line for line in said)
-    assert [(row.context, row.engine) for row in report.decode] == [
+    assert [(row.size, row.engine) for row in report.of("decode")] == [
         (context, name) for context in (0, 64) for name in ("nemotron-h", "llama.cpp", "transformers")
     ]
     assert [engine.name for engine in report.engines] == ["nemotron-h", "llama.cpp", "transformers"]
@@ -223,11 +349,11 @@ def test_one_after_the_other_where_memory_is_short(worker, subject, monkeypatch)
 def test_a_peer_that_does_not_fit_is_left_out(worker, monkeypatch):
     big = Subject("big", family.preset("nemotron-3-nano-30b-a3b"), None, "int4")
     monkeypatch.setattr(limits, "available_memory", lambda: 24 * GB)
-    report = run(big, Options((0,), tokens=1, repeats=1, peers=("transformers",)))
+    report = run(big, Options((0,), tokens=1, repeats=1, peers=("transformers",), **PLAIN))
     assert [engine.name for engine in report.engines] == ["nemotron-h", "transformers"]
     assert "of memory, 22.9 GB are free" in report.engines[1].skipped
     assert report.engines[1].format == "bfloat16"
-    assert [row.engine for row in report.decode] == ["nemotron-h"]
+    assert {row.engine for row in report.rows} == {"nemotron-h"}
     assert [entry[0] for entry in worker.log if entry[1] == "start"] == ["nemotron-h"]
 
 
@@ -235,7 +361,7 @@ def test_our_model_must_fit(worker, monkeypatch):
     big = Subject("big", family.preset("nemotron-3-nano-30b-a3b"), None, "int4")
     monkeypatch.setattr(limits, "available_memory", lambda: 16 * GB)
     with pytest.raises(InputError, match=r"int4: it needs about .* GB of memory, 14.9 GB are free"):
-        run(big, Options((0,)))
+        run(big, Options((0,), **PLAIN))
     assert worker.log == []
 
 
@@ -277,7 +403,7 @@ def test_files_are_gone_while_it_runs(worker, subject, monkeypatch, tmp_path):
             seen.setdefault((self.name, action), [path for path in tmp_path.rglob("*") if path.is_file()])
             return super().ask(action, **arguments)
 
-    monkeypatch.setattr(run_module, "Worker", Watching)
+    monkeypatch.setattr(rounds, "Worker", Watching)
     run(subject, Options((0,), tokens=1, repeats=1, peers=PEERS))
     assert len(seen["llama.cpp", "load"]) == 1
     assert seen["llama.cpp", "decode"] == seen["transformers", "load"] == []
@@ -286,7 +412,7 @@ def test_files_are_gone_while_it_runs(worker, subject, monkeypatch, tmp_path):
 
 def test_logits_that_are_not_finite(worker, subject):
     worker.finite = False
-    assert not any(row.finite for row in run(subject, Options((0,), peers=PEERS)).decode)
+    assert not any(row.finite for row in run(subject, Options((0,), peers=PEERS)).rows)
 
 
 def test_paths(worker, subject):
@@ -304,12 +430,12 @@ def test_contexts(worker, subject):
     def contexts(length, options):
         worker.log.clear()
         run(dataclasses.replace(subject, config=subject.config | {"max_position_embeddings": length}), options)
-        return [arguments["context"] for _, _, arguments in asked(worker, "fill")]
+        return [arguments["context"] for _, _, arguments in asked(worker, "fill")][:-1]  # the last one is verify's
 
-    few = {"tokens": 1, "repeats": 1}
+    few = {"tokens": 1, "repeats": 1, **PLAIN}
     assert contexts(100_000, Options(**few)) == [0, 4096, 16384]
     assert contexts(16_384, Options(**few)) == [0, 4096]
-    assert contexts(40, Options(tokens=100)) == [0]
+    assert contexts(40, Options(tokens=100, **PLAIN)) == [0]
     assert contexts(8192, Options((8000,), **few)) == [8000]
     with pytest.raises(InputError, match="--context 8190: the model's longest is 8192"):
         contexts(8192, Options((0, 8190), **few))
@@ -327,6 +453,10 @@ def test_threads(worker, subject, monkeypatch):
     ({"threads": 0}, "--threads 0"),
     ({"contexts": (0, -1)}, "--context 0,-1"),
     ({"contexts": ()}, "--context"),
+    ({"prompts": (512, 0)}, "--prefill 512,0"),
+    ({"sequences": (0,)}, "--batches 0"),
+    ({"limit": 0}, "--limit 0"),
+    ({"limit": float("nan")}, "--limit nan"),
     ({"peers": ("vllm",)}, "--peers vllm: must be among llama.cpp, transformers"),
 ])  # fmt: skip
 def test_wrong_options(wrong, words):
@@ -345,6 +475,30 @@ def test_bandwidth():
     meter.close()
     with pytest.raises((ValueError, AttributeError)):
         meter.measure()
+
+
+def test_peaks():
+    """Of every arithmetic, with the threads asked for; the kernels' own number is left as it was."""
+    before = _native.extension().threads() if _native.levels() else None
+    for threads in (1, 2):
+        found = limits.peaks(threads)
+        assert set(found) == (set(limits.PEAKS) if _native.levels() else set())
+        assert all(1e8 < peak < 1e15 for peak in found.values())
+        if found:
+            assert found["bf16"] >= found["float32"]
+    assert before is None or _native.extension().threads() == before
+
+
+def test_a_peak_is_the_best_of_some_runs(monkeypatch):
+    asked = []
+
+    def timed(kernels, sinks, kind, rounds):
+        asked.append(rounds)
+        return 1000.0 * rounds, rounds * (0.5e-5 if len(asked) == 4 else 1e-5)
+
+    monkeypatch.setattr(limits, "_timed_peak", timed)
+    assert limits._peak(None, None, 0) == pytest.approx(2e8)
+    assert asked == [128, 256] + 4 * [256], "doubled until a run is long enough"
 
 
 def test_every_thread_reads_its_part(monkeypatch):

@@ -5,8 +5,8 @@ import torch
 from transformers.models.nemotron_h import NemotronHForCausalLM as Peer
 
 from helpers import tiny_config
-from nemotron_h import NemotronHForCausalLM, __version__
-from nemotron_h.benchmark.workers import ours_worker, transformers_worker
+from nemotron_h import LLM, NemotronHForCausalLM, __version__
+from nemotron_h.benchmark.workers import bits, ours_worker, torch_model, transformers_worker
 from nemotron_h.benchmark.workers.torch_model import Decoder, random_weights, stored_bytes
 from nemotron_h.ops import _native
 
@@ -16,16 +16,17 @@ SHAPE = {"hidden_size": 128, "hybrid_override_pattern": "ME*M", "mamba_num_heads
 class Recorder:
     """A model that counts: its cache is the number of tokens so far."""
 
-    def __init__(self, value=1.0):
-        self.calls, self.value = [], value
+    def __init__(self, value=1.0, rows=1):
+        self.calls, self.kept, self.value, self.rows = [], [], value, rows
 
-    def __call__(self, ids_BT, cache):
+    def __call__(self, ids_BT, cache, keep):
         assert not torch.is_grad_enabled()
-        assert ids_BT.shape[0] == 1
+        assert ids_BT.shape[0] == self.rows
+        self.kept.append(keep)
         assert ids_BT.min() >= 0
         assert ids_BT.max() < 7
         self.calls.append((cache or 0, ids_BT.shape[1]))
-        return torch.full((1, 7), self.value), (cache or 0) + ids_BT.shape[1]
+        return torch.full((self.rows, keep, 7), self.value), (cache or 0) + ids_BT.shape[1]
 
 
 def test_contexts_are_filled_and_kept():
@@ -44,13 +45,61 @@ def test_contexts_are_filled_and_kept():
     assert step.calls == [(0, 1), (1, 1), (2, 1), (3, 1)]
 
 
+def test_steps_of_several_tokens_keep_all_logits():
+    step = Recorder()
+    found = Decoder(step, 7).decode(3, 4)
+    assert step.calls == [(0, 4), (4, 4), (8, 4)]
+    assert step.kept == [4, 4, 4]
+    assert found["tokens"] == 12
+
+
+def test_prompts_start_anew_and_keep_the_last_logits():
+    step = Recorder()
+    decoder = Decoder(step, 7)
+    decoder.decode(3)
+    step.calls.clear()
+    step.kept.clear()
+    found = decoder.prefill(2 * torch_model.PASS + 5)
+    assert step.calls == [(0, torch_model.PASS), (torch_model.PASS, torch_model.PASS), (2 * torch_model.PASS, 5)]
+    assert step.kept == [1, 1, 1]
+    assert found["tokens"] == 2 * torch_model.PASS + 5
+    step.calls.clear()
+    decoder.decode(1)
+    assert step.calls == [(3, 1)], "the cache of decoding is where it was"
+
+
+def test_rows_that_decode_together():
+    step = Recorder(rows=5)
+    decoder = Decoder(step, 7, 5)
+    decoder.fill(16)
+    step.calls.clear()
+    assert decoder.decode(2)["tokens"] == 10
+    assert step.calls == [(20, 1), (21, 1)]
+
+
+def test_only_the_model_is_timed(monkeypatch):
+    """Drawing tens of thousands of tokens takes Python longer than a small model needs."""
+    clock = iter([10.0, 12.5])
+    decoder = Decoder(Recorder(), 7)
+    drawn = []
+    draw = Decoder._draw
+    monkeypatch.setattr(Decoder, "_draw", lambda self, tokens: (drawn.append(tokens), draw(self, tokens))[1])
+
+    def now():
+        assert drawn == [3], "before the clock starts"
+        return next(clock)
+
+    monkeypatch.setattr(torch_model.time, "perf_counter", now)
+    assert decoder.prefill(3)["seconds"] == 2.5
+
+
 def test_tokens_vary():
     seen = []
     step = Recorder()
 
-    def watched(ids_BT, cache):
+    def watched(ids_BT, cache, keep):
         seen.extend(ids_BT[0].tolist())
-        return step(ids_BT, cache)
+        return step(ids_BT, cache, keep)
 
     Decoder(watched, 7).decode(200)
     assert set(seen) == set(range(7))
@@ -58,9 +107,9 @@ def test_tokens_vary():
 
 @pytest.mark.parametrize(("value", "finite"), [(1.0, True), (float("nan"), False), (float("inf"), False)])
 def test_time_and_finite_logits(value, finite):
-    seconds, found = Decoder(Recorder(value), 7).decode(2)
-    assert seconds > 0
-    assert found is finite
+    for found in (Decoder(Recorder(value), 7).decode(2), Decoder(Recorder(value), 7).prefill(3)):
+        assert found["seconds"] > 0
+        assert found["finite"] is finite
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -96,9 +145,13 @@ def run_worker(worker, **request):
     loaded = worker.load(config=tiny_config(**SHAPE).to_dict(), threads=2, **request)
     assert torch.get_num_threads() == 2
     worker.fill(5)
-    decoded = worker.decode(2)
-    assert decoded["seconds"] > 0
-    assert decoded["finite"] is True
+    worker.gather(3, 8)
+    for measured, tokens in (
+        (worker.decode(2), 2), (worker.verify(2, 4), 8), (worker.prefill(70), 70), (worker.together(4), 12)
+    ):  # fmt: skip
+        assert measured["seconds"] > 0
+        assert measured["finite"] is True
+        assert measured["tokens"] == tokens
     assert loaded["seconds"] > 0
     return loaded
 
@@ -114,6 +167,101 @@ def test_our_worker(quantization, restored_threads):
     rates = worker.compare_paths(tokens=3, repeats=2)["tokens_per_second"]
     assert set(rates) == {"step", "model.generate", "LLM.generate"}
     assert min(rates.values()) > 0
+
+
+@pytest.fixture(scope="module")
+def packed():
+    worker = ours_worker.Worker()
+    worker.load(tiny_config(**SHAPE).to_dict(), None, "int4", torch.get_num_threads())
+    return worker
+
+
+@pytest.fixture(scope="module")
+def found(packed):
+    return packed.check_bits(150, 5)
+
+
+def test_bits_of_packed_weights(packed, found):
+    vocab = packed.model.config.vocab_size
+    assert set(found["differing"].values()) == {0}
+    assert found["promised"] is bool(_native.levels())
+    prompt, rows, batch = found["compared"].values()
+    assert (prompt, found["rounding"][0]) == (150 * vocab, 150 * vocab)
+    assert batch == 5 * bits.WRITTEN * min(20, vocab)
+    widths = [
+        layer.out_features if isinstance(layer, torch.nn.Linear) else packed.model.config.moe_latent_size
+        for layer in packed.model.modules()
+        if isinstance(layer, bits._LAYERS)
+    ]
+    assert rows == sum(widths) * len(range(0, 150, 150 // 16)), "every layer, some rows of it"
+
+
+def test_bits_of_plain_weights_are_not_promised(restored_threads):
+    worker = ours_worker.Worker()
+    worker.load(tiny_config(**SHAPE).to_dict(), None, None, 1)
+    assert worker.check_bits(20, 2)["promised"] is False
+
+
+def test_one_wrong_bit_is_found(packed, monkeypatch):
+    """In a layer that treats many rows otherwise, in a model that reads pieces otherwise, in a batch."""
+    linear = packed.model.model.layers[0].mixer.in_proj
+    forward = linear.forward
+
+    def other(x, *rest, **more):
+        y = forward(x, *rest, **more)
+        if y.reshape(-1, y.shape[-1]).shape[0] > 40:
+            y.view(-1)[0] += 1
+        return y
+
+    monkeypatch.setattr(linear, "forward", other)
+    differing = packed.check_bits(150, 2)["differing"]
+    assert differing["rows of layers against each alone"] == 1
+    assert differing["a batch against each alone"] == 0
+    monkeypatch.undo()
+    ids_BT = torch.tensor(bits.random_prompts(50, 1, 30))
+    read = bits.read
+    monkeypatch.setattr(bits, "read", lambda m, ids, pieces: read(m, ids, pieces) + (len(pieces) > 1))
+    assert packed.check_bits(150, 2)["differing"]["a prompt against pieces of it"] == 150 * 50
+    assert packed.check_bits(150, 2)["rounding"] == (7500, 7500)
+    monkeypatch.undo()
+    generate = LLM.generate
+
+    def wrong(self, prompts, params):
+        results = generate(self, prompts, params)
+        if len(prompts) > 1:
+            step = results[1].logprobs[2]
+            step[next(iter(step))] += 1e-3
+        return results
+
+    monkeypatch.setattr(LLM, "generate", wrong)
+    assert packed.check_bits(20, 2)["differing"]["a batch against each alone"] == 1
+    assert ids_BT.shape == (1, 30)
+
+
+def test_pieces_of_a_prompt(packed, monkeypatch):
+    model, sizes = packed.model, []
+    handle = model.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[1]))
+    ids_BT = torch.tensor(bits.random_prompts(50, 1, 30))
+    try:
+        whole_BTV = bits.read(model, ids_BT, [30])
+        cut_BTV = bits.read(model, ids_BT, [16, 8])
+    finally:
+        handle.remove()
+    assert sizes == [30, 16, 8, 6]
+    assert whole_BTV.shape == cut_BTV.shape == (1, 30, 50)
+
+
+def test_counting_of_bits():
+    nan = float("nan")
+    assert bits.count(torch.tensor([1.0, nan, 2.0]), torch.tensor([1.0, nan, 3.0])) == (3, 1)
+    assert bits.count(torch.tensor([nan]), torch.tensor([0.0])) == (1, 1)
+
+
+def test_a_batch_counts_its_decode_phase_alone(packed, monkeypatch):
+    packed.gather(2, 8)
+    stats = {"tokens": {"prefill": 99, "decode": 6}, "seconds": {"prefill": 50.0, "decode": 2.0}}
+    monkeypatch.setattr(LLM, "stats", lambda self: stats)
+    assert packed.together(3) == {"tokens": 6, "seconds": 2.0, "finite": True}
 
 
 def test_the_version_names_the_kernels(environment):

@@ -14,8 +14,9 @@ from helpers import tiny_config
 from nemotron_h import demo, family
 from nemotron_h.benchmark import limits
 from nemotron_h.cli import bench
+from nemotron_h.ops import _native
 
-QUICK = ("--tokens", "3", "--repeats", "2", "--threads", "1")
+QUICK = ("--tokens", "3", "--repeats", "2", "--threads", "1", "--prefill", "none", "--batches", "none")
 SHAPE = {
     "hybrid_override_pattern": "ME*M",
     "hidden_size": 128,
@@ -62,11 +63,32 @@ def test_a_shape_beside_transformers(run, config_file, tmp_path, monkeypatch):
     assert [engine["weights"] for engine in facts["engines"]] == ["loaded", "random"]
     assert list(temporary.iterdir()) == []
     assert facts["machine"]["threads"] == 1
-    assert len(facts["machine"]["bandwidth"]) == 4
+    assert len(facts["machine"]["bandwidth"]) == 6
     with table.open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == 4
+        assert len(list(csv.DictReader(file))) == 6
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "transformers: reading 20 tokens" in outcome.err
+
+
+def test_prompts_and_batches(run, config_file):
+    outcome = run(
+        "bench", config_file, "--peers", "transformers", "--context", "0", "--tokens", "3", "--repeats", "2",
+        "--threads", "1", "--prefill", "70,20", "--batches", "1,3", "--json",
+    )  # fmt: skip
+    assert outcome.status == 0
+    facts = outcome.json
+    names = ("nemotron-h", "transformers")
+    for measure, size, wanted in (
+        ("prefill", "prompt", (20, 70)),
+        ("batch", "sequences", (1, 3)),
+        ("verify", "step", (4,)),
+    ):
+        assert [(row["engine"], row[size]) for row in facts[measure]] == [(name, n) for n in wanted for name in names]
+        assert all(row["finite"] and len(row["rates"]) == 2 and min(row["rates"]) > 0 for row in facts[measure])
+    assert facts["left_out"] == []
+    assert facts["bits"]["equal"] is True
+    assert facts["bits"]["promised"] == bool(_native.levels())
+    assert set(facts["machine"]["peaks"]) == (set(limits.PEAKS) if _native.levels() else set())
 
 
 def test_stored_weights_and_paths(run, mute, monkeypatch):
@@ -88,9 +110,9 @@ def test_status_says_whether_the_paths_agree(run, monkeypatch, agree, status):
     def fake(subject, options, progress):
         assert options.check_paths
         machine = benchmark.Machine("c", 1, 1, 1, "s", "v", None, "d", 0.0, [1.0])
-        decode = [benchmark.Decode("nemotron-h", "int4", 0, [1.0], 1, True)]
+        decode = [benchmark.Row("decode", "nemotron-h", "int4", 0, [1.0], 1, 1, "int8")]
         facts = [benchmark.EngineFacts("nemotron-h", "int4", "v", "random", 1.0, 1, 1)]
-        return benchmark.Report("m", "M", 1, machine, facts, decode, benchmark.Paths(rates))
+        return benchmark.Report("m", "M", 1, machine, facts, decode, [], benchmark.Paths(rates))
 
     monkeypatch.setattr(benchmark, "run", fake)
     assert run("bench", "nano-slice", "--check-paths").status == status
@@ -117,6 +139,10 @@ def test_what_is_measured(mute, config_file, tmp_path, monkeypatch):
     (["nano-slice", "--quantization", "int3"], "--quantization int3: must be one of int4, int8, bf16, none"),
     (["nano-slice", "--context", "0,many"], "--context 0,many"),
     (["nano-slice", "--context", "-1"], "--context -1"),
+    (["nano-slice", "--context", "none"], "--context"),
+    (["nano-slice", "--prefill", "1,x"], "--prefill 1,x"),
+    (["nano-slice", "--batches", "0"], "--batches 0"),
+    (["nano-slice", "--limit", "0"], "--limit 0"),
     (["nano-slice", "--peers", "vllm"], "--peers vllm"),
     (["nano-slice", "--tokens", "0"], "--tokens 0"),
     (["nano-slice", "--csv", "/nowhere/x.csv"], "--csv /nowhere/x.csv"),

@@ -54,9 +54,20 @@ class Engine:
     size: int
     head_bits: float | None = None
 
-    def bytes_per_token(self, spec: Any, context: int) -> int:
-        """What a decode step behind `context` tokens has to read."""
-        return family.decode_reads(spec, self.matrix_bits, self.other_bytes, context, head_bits=self.head_bits).total
+    @property
+    def arithmetic(self) -> str:
+        """What its products are done in: packed integers meet activations of 8 bits."""
+        if self.matrix_bits < 16:
+            return "int8"
+        return "bf16" if self.matrix_bits == 16 else "float32"
+
+    def bytes_per_token(self, spec: Any, tokens: int, sequences: int, context: int) -> float:
+        """What a step of `tokens` tokens of each of `sequences`, behind `context` others, reads for each token."""
+        reads = family.decode_reads(
+            spec, self.matrix_bits, self.other_bytes, context,
+            head_bits=self.head_bits, tokens=tokens, sequences=sequences,
+        )  # fmt: skip
+        return reads.total / (tokens * sequences)
 
 
 def ours(subject: Subject, spec: Any, python: str, threads: int, load: bool = False) -> Engine:

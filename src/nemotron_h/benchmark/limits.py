@@ -1,4 +1,4 @@
-"""The machine: its cores, its free memory, and how fast its memory can be read."""
+"""The machine: its cores, its free memory, how fast its memory can be read, and how fast it can multiply."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 SET_BYTES = 1 << 30  # well over every last-level cache's share of a decode step
 _PASSES = 4
@@ -86,6 +87,50 @@ class ReadBandwidth:
         """Give the memory back."""
         del self._bytes
         self._memory.close()
+
+
+PEAKS = ("float32", "bf16", "int8")  # in the order of csrc/kernels.h: PeakKind
+_PEAK_SECONDS, _PEAK_RUNS = 0.002, 4
+
+
+def peaks(threads: int) -> dict[str, float]:
+    """Operations per second of `threads` threads that multiply and add in registers, at the CPU's highest level: the
+    bound of matrix products by arithmetic. A multiply-add counts as two. Empty without the C++ kernels.
+
+    bfloat16 is multiplied by its own instruction, or widened to float32, whichever is faster.
+    """
+    from nemotron_h.ops import _native
+
+    levels = _native.levels()
+    if not levels:
+        return {}
+    extension, kernels = _native.extension(), _native.kernels(levels[-1])
+    sinks = (ctypes.c_float * extension.peak_sinks)()
+    before = extension.threads()
+    extension.set_threads(min(threads, allowed_cores()))
+    try:
+        found = {name: _peak(kernels, sinks, kind) for kind, name in enumerate(PEAKS)}
+    finally:
+        extension.set_threads(before)
+    return found | {"bf16": max(found["bf16"], found["float32"])}
+
+
+def _peak(kernels: Any, sinks: Any, kind: int) -> float:
+    """The best of a few short runs: a thread that loses its core for a while says nothing about the arithmetic."""
+    rounds, seconds, best = 64, 0.0, 0.0
+    while seconds < _PEAK_SECONDS:  # the first calls are too short to count, and warm up
+        rounds *= 2
+        seconds = _timed_peak(kernels, sinks, kind, rounds)[1]
+    for _ in range(_PEAK_RUNS):
+        operations, seconds = _timed_peak(kernels, sinks, kind, rounds)
+        best = max(best, operations / seconds)
+    return best
+
+
+def _timed_peak(kernels: Any, sinks: Any, kind: int, rounds: int) -> tuple[float, float]:
+    start = time.perf_counter()
+    operations = kernels.peak(kind, rounds, ctypes.addressof(sinks))
+    return operations, time.perf_counter() - start
 
 
 def _read(start: int, size: int, ready: threading.Barrier, times: list[float]) -> None:

@@ -1,4 +1,4 @@
-"""The rounds: every engine in its own process, in turn, on the same work; the read bandwidth is measured between."""
+"""A run: what was asked for is checked, engines that fit are chosen, and `rounds` measures them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,16 @@ from typing import Any
 from nemotron_h import __version__, family
 from nemotron_h.benchmark import engines, limits
 from nemotron_h.benchmark.engines import Engine, Subject
-from nemotron_h.benchmark.process import Worker
-from nemotron_h.benchmark.report import Decode, EngineFacts, Machine, Paths, Report
+from nemotron_h.benchmark.measures import SIZES, EngineFacts, Machine
+from nemotron_h.benchmark.report import Report
+from nemotron_h.benchmark.rounds import Plan, Progress, Rounds
 from nemotron_h.errors import InputError
 
-Progress = Callable[[str], None]
 CONTEXTS = (0, 4096, 16384)
-_REST = 0.05  # seconds before a turn, in which the threads of the engine before stop spinning
-_WARM_UP = 16  # tokens that workers decode besides the measured ones, at most
+PROMPTS = (512, 2048)
+SEQUENCES = (1, 4, 16)
+_WARM_UP = 32  # tokens that workers decode besides the measured ones, at most
+_PASS_BYTES = 400 << 20  # activations of a pass through a prompt
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,10 @@ class Options:
     """How to measure.
 
     contexts: Tokens in the cache before the first measured one; None is `CONTEXTS`, as far as the model goes.
-    tokens: Decoded in each round, by each engine.
+    tokens: Decoded in each round, by each engine; of batches, by each sequence.
+    prompts: Lengths of prompts to read; empty for none, None is `PROMPTS`, as far as the model goes.
+    sequences: Numbers of sequences that decode together; empty for none.
+    limit: Seconds that one engine may spend on prompts of one length.
     threads: None is the number of physical cores. llama_python: Interpreter that has llama_cpp; None is this one.
     check_paths: Also compare the plain step with `model.generate` and `LLM.generate`.
     load: Write random weights of ours to a temporary checkpoint first, and load that.
@@ -48,14 +53,22 @@ class Options:
     llama_python: str | None = None
     check_paths: bool = False
     load: bool = False
+    prompts: Sequence[int] | None = None
+    sequences: Sequence[int] = SEQUENCES
+    limit: float = 120
 
     def __post_init__(self) -> None:
         if self.contexts is not None and (not self.contexts or min(self.contexts) < 0):
             raise InputError(f"--context {','.join(map(str, self.contexts))}: must be numbers >= 0, such as 0,4096")
+        for option, numbers in (("prefill", self.prompts), ("batches", self.sequences)):
+            if numbers and min(numbers) < 1:
+                raise InputError(f"--{option} {','.join(map(str, numbers))}: must be numbers >= 1, or none")
         for name in ("tokens", "repeats", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} {value}: must be at least 1")
+        if not self.limit > 0:
+            raise InputError(f"--limit {self.limit:g}: must be more than 0 seconds")
         for peer in self.peers:
             if peer not in engines.PEERS:
                 raise InputError(f"--peers {peer}: must be among {', '.join(engines.PEERS)}")
@@ -71,16 +84,17 @@ def run(subject: Subject, options: Options, progress: Progress = lambda _: None)
     """
     spec = family.describe(subject.config)
     threads = options.threads or limits.allowed_cores()
-    contexts = _contexts(spec, options)
-    found, skipped = _fitting(_engines(subject, spec, options, threads, contexts), spec, contexts)
+    plan = _plan(spec, options)
+    found, skipped = _fitting(_engines(subject, spec, options, threads, plan), spec, plan)
     machine = _machine(threads)
-    with _bandwidth(threads, progress) as measure:
-        rounds = _Rounds(subject, spec, options, contexts, machine, measure, progress)
-        groups = _groups(found, spec, contexts)
+    with _meters(machine, progress) as measure:
+        rounds = Rounds(subject, spec, plan, measure, progress)
+        groups = _groups(found, spec, plan)
         if len(groups) > 1:
             progress("the models do not fit into memory together: one after the other")
         for group in groups:
             rounds.run(group)
+    kinds = list(SIZES)
     order = {engine.name: place for place, engine in enumerate([*found, *skipped])}
     return Report(
         subject.name,
@@ -88,13 +102,31 @@ def run(subject: Subject, options: Options, progress: Progress = lambda _: None)
         family.count(spec).total,
         machine,
         sorted([*rounds.engines, *skipped], key=lambda engine: order[engine.name]),
-        sorted(rounds.decode, key=lambda row: (row.context, order[row.engine])),
+        sorted(rounds.rows, key=lambda row: (kinds.index(row.measure), row.size, order[row.engine])),
+        rounds.left_out,
         rounds.paths,
+        rounds.bits,
     )
 
 
+def _plan(spec: Any, options: Options) -> Plan:
+    return Plan(
+        _contexts(spec, options), _prompts(spec, options), sorted(set(options.sequences)), options.tokens,
+        options.repeats, options.limit, options.check_paths,
+    )  # fmt: skip
+
+
+def _prompts(spec: Any, options: Options) -> list[int]:
+    longest = spec.max_position_embeddings
+    if options.prompts is None:
+        return [prompt for prompt in PROMPTS if prompt <= longest]
+    if options.prompts and max(options.prompts) > longest:
+        raise InputError(f"--prefill {max(options.prompts)}: the model's longest is {longest}")
+    return sorted(set(options.prompts))
+
+
 def _contexts(spec: Any, options: Options) -> list[int]:
-    longest = spec.max_position_embeddings - options.tokens * options.repeats - _WARM_UP
+    longest = spec.max_position_embeddings - _decoded(options.tokens, options.repeats)
     if options.contexts is None:
         return [context for context in CONTEXTS if context == 0 or context <= longest]
     if max(options.contexts) > max(longest, 0):
@@ -105,83 +137,15 @@ def _contexts(spec: Any, options: Options) -> list[int]:
     return sorted(set(options.contexts))
 
 
-class _Rounds:
-    """What the engines found so far."""
-
-    def __init__(
-        self, subject: Subject, spec: Any, options: Options, contexts: list[int], machine: Machine,
-        measure: Callable[[], float], progress: Progress,
-    ) -> None:  # fmt: skip
-        self.subject, self.spec, self.options, self.contexts = subject, spec, options, contexts
-        self.machine, self.measure, self.progress = machine, measure, progress
-        self.engines: list[EngineFacts] = []
-        self.decode: list[Decode] = []
-        self.paths: Paths | None = None
-
-    def run(self, group: Sequence[Engine]) -> None:
-        """Load the engines of a group, let them decode in turn behind every context, and end them."""
-        with ExitStack() as stack:
-            workers: dict[Engine, Worker] = {}  # in the order of the group
-            loaded: dict[Engine, dict[str, Any]] = {}
-            for engine in group:
-                worker = Worker(engine.name, engine.python, engine.program, engine.request["threads"])
-                workers[engine] = stack.enter_context(worker)
-                loaded[engine] = self._load(engine, worker)
-            for context in self.contexts:
-                self._decode(workers, context)
-            ours = next((engine for engine in group if engine.name == engines.OURS), None)
-            if self.options.check_paths and ours is not None:
-                self.progress("comparing model.generate, LLM.generate and the plain step")
-                answer = workers[ours].ask("compare_paths", tokens=self.options.tokens, repeats=self.options.repeats)
-                self.paths = Paths(answer["tokens_per_second"])
-            for engine, worker in workers.items():
-                peak = worker.ask("decode", tokens=1)["peak_bytes"]
-                self.engines.append(_facts(engine, loaded[engine], peak))
-
-    def _load(self, engine: Engine, worker: Worker) -> dict[str, Any]:
-        self.progress(f"{engine.name}: {engine.weights} weights, {engine.format}, {engine.size / 1e9:.3g} GB")
-        with engines.loading(engine, self.subject, self.spec, self.progress) as ready:
-            return worker.ask("load", **ready.request)
-
-    def _decode(self, workers: dict[Engine, Worker], context: int) -> None:
-        for engine, worker in workers.items():
-            if context:
-                self.progress(f"{engine.name}: reading {context:,} tokens")
-            worker.ask("fill", context=context)
-        tokens, order = self.options.tokens, list(workers)
-        rates: dict[Engine, list[float]] = {engine: [] for engine in order}
-        finite = dict.fromkeys(order, True)
-        for number in range(self.options.repeats):
-            time.sleep(_REST)
-            self.machine.bandwidth.append(self.measure())
-            for engine in order if number % 2 == 0 else reversed(order):
-                time.sleep(_REST)
-                answer = workers[engine].ask("decode", tokens=tokens)
-                rates[engine].append(tokens / answer["seconds"])
-                finite[engine] &= answer["finite"]
-        for engine in order:
-            read = engine.bytes_per_token(self.spec, context)
-            row = Decode(engine.name, engine.format, context, rates[engine], read, finite[engine])
-            self.progress(f"{engine.name}: {row.tokens_per_second:.4g} tok/s behind {context:,} tokens")
-            self.decode.append(row)
+def _decoded(tokens: int, repeats: int) -> int:
+    """The most tokens that come behind a context, steps of several tokens included."""
+    return (tokens + 4) * repeats + _WARM_UP
 
 
-def _facts(engine: Engine, loaded: dict[str, Any], peak: int) -> EngineFacts:
-    return EngineFacts(
-        engine.name,
-        engine.format,
-        loaded["version"],
-        engine.weights,
-        loaded["seconds"],
-        loaded["weight_bytes"],
-        peak,
-    )
-
-
-def _engines(subject: Subject, spec: Any, options: Options, threads: int, contexts: list[int]) -> list[Engine]:
+def _engines(subject: Subject, spec: Any, options: Options, threads: int, plan: Plan) -> list[Engine]:
     found = [engines.ours(subject, spec, sys.executable, threads, options.load)]
     if engines.LLAMA_CPP in options.peers:
-        room = contexts[-1] + options.tokens * options.repeats + _WARM_UP
+        room = max(plan.contexts[-1] + _decoded(options.tokens, options.repeats), *plan.prompts, 0)
         python = options.llama_python or sys.executable
         found.append(engines.llama(subject, spec, python, threads, -(-room // 256) * 256))
     if engines.TRANSFORMERS in options.peers:
@@ -189,14 +153,17 @@ def _engines(subject: Subject, spec: Any, options: Options, threads: int, contex
     return found
 
 
-def _caches(spec: Any, contexts: list[int]) -> int:
+def _caches(spec: Any, plan: Plan) -> int:
+    """Bytes of the most that is in the caches at once, and of what a pass needs."""
     cache = family.cache_bytes(spec, "bfloat16")
-    return cache.fixed + contexts[-1] * cache.per_token
+    longest = max(plan.contexts[-1], *plan.prompts, 0)
+    passes = _PASS_BYTES if plan.prompts else 0
+    return (1 + max(plan.sequences, default=0)) * cache.fixed + longest * cache.per_token + passes
 
 
-def _fitting(found: list[Engine], spec: Any, contexts: list[int]) -> tuple[list[Engine], list[EngineFacts]]:
+def _fitting(found: list[Engine], spec: Any, plan: Plan) -> tuple[list[Engine], list[EngineFacts]]:
     """(engines that memory has room for, the peers that it has not). Raises InputError where our model has none."""
-    free, caches = limits.available_memory() - limits.SET_BYTES, _caches(spec, contexts)
+    free, caches = limits.available_memory() - limits.SET_BYTES, _caches(spec, plan)
     fitting: list[Engine] = []
     skipped: list[EngineFacts] = []
     for engine in found:
@@ -211,18 +178,27 @@ def _fitting(found: list[Engine], spec: Any, contexts: list[int]) -> tuple[list[
     return fitting, skipped
 
 
-def _groups(found: list[Engine], spec: Any, contexts: list[int]) -> list[list[Engine]]:
+def _groups(found: list[Engine], spec: Any, plan: Plan) -> list[list[Engine]]:
     """Engines that run side by side: all, or else one at a time."""
     room = limits.available_memory() - limits.SET_BYTES
-    return [found] if engines.fits_together(found, _caches(spec, contexts), room) else [[engine] for engine in found]
+    return [found] if engines.fits_together(found, _caches(spec, plan), room) else [[engine] for engine in found]
 
 
 @contextmanager
-def _bandwidth(threads: int, progress: Progress) -> Iterator[Callable[[], float]]:
-    meter = limits.ReadBandwidth(threads, limits.SET_BYTES)
+def _meters(machine: Machine, progress: Progress) -> Iterator[Callable[[], None]]:
+    """A function that measures the machine's limits once more."""
+    meter = limits.ReadBandwidth(machine.threads, limits.SET_BYTES)
+
+    def measure() -> None:
+        machine.bandwidth.append(meter.measure())
+        for name, found in limits.peaks(machine.threads).items():
+            machine.peaks.setdefault(name, []).append(found)
+
     try:
         progress(f"read bandwidth: {meter.measure() / 1e9:.3g} GB/s")
-        yield meter.measure
+        for name, found in limits.peaks(machine.threads).items():
+            progress(f"peak of {name}: {found / 1e12:.3g} TFLOP/s")
+        yield measure
     finally:
         meter.close()
 

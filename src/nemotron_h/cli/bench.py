@@ -1,7 +1,8 @@
-"""`nemotron-h bench`: decode speed, load time and memory, beside other engines and the machine's memory bandwidth."""
+"""`nemotron-h bench`: how fast a model decodes and reads, beside other engines and the machine's own limits."""
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,15 @@ def command(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens that each engine decodes in a round.")] = 32,
     repeats: Annotated[int, typer.Option(help="Rounds; medians are shown.")] = 5,
+    prefill: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Lengths of prompts to read, or none. Default: 512,2048.")
+    ] = None,
+    batches: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Sequences decoding together, or none. Default: 1,4,16.")
+    ] = None,
+    limit: Annotated[
+        float, typer.Option(metavar="SECONDS", help="What an engine may spend on prompts of one length.")
+    ] = 120,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default the physical cores.")] = None,
     check_paths: Annotated[
         bool, typer.Option("--check-paths", help="Compare with model.generate and LLM.generate too.")
@@ -43,20 +53,25 @@ def command(
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the figures (needs the extra `plot`).")] = None,
     json: _options.Json = False,
 ) -> int:
-    """Measure decode steps of one sequence, the time to the first token, and memory.
+    """Measure decoding, reading of prompts, sequences that decode together, the time to the first token, and memory.
 
     SHAPE is nano-slice, dense-slice, nano-30b, a preset or a config.json: random weights. MODEL is a checkpoint
     directory or hub id: its own. Peers always get random weights of the same shape. Every engine runs in a process of
-    its own, and they take turns. GB/s are the bytes that a step has to read, by arithmetic, times the speed; the
-    bandwidth beside them is measured in between.
+    its own, and they take turns. GB/s and TFLOP/s are the bytes that a step has to read and the operations that it has
+    to do, by arithmetic, times the speed; the limits beside them are measured in between.
 
-    Exit status 1 when --check-paths finds ways that differ by more than 15 %.
+    Exit status 1 when fast ways of our model do not give the bits of one token at a time, and when --check-paths finds
+    ways that differ by more than 15 %.
     """
-    from nemotron_h.benchmark import Options, run
+    from nemotron_h.benchmark import SEQUENCES, Options, run
     from nemotron_h.benchmark.report import append_csv, check_csv
 
     subject = _subject(model, quantization)
-    options = Options(_numbers(context), tokens, repeats, threads, _names(peers), llama_python, check_paths, load)
+    sequences = _numbers("--batches", batches)
+    options = Options(
+        _numbers("--context", context), tokens, repeats, threads, _names(peers), llama_python, check_paths, load,
+        _numbers("--prefill", prefill), SEQUENCES if sequences is None else sequences, limit,
+    )  # fmt: skip
     if csv is not None:
         check_csv(csv)
     if png is not None:
@@ -72,7 +87,7 @@ def command(
         print_json(report.facts())
     else:
         print("\n".join(_text(report)))
-    return 1 if report.paths is not None and not report.paths.agree else 0
+    return 0 if report.good else 1
 
 
 def _subject(model: str | None, quantization: str | None) -> Subject:
@@ -92,13 +107,15 @@ def _subject(model: str | None, quantization: str | None) -> Subject:
     return Subject(name, config, path, None if chosen == "none" else chosen)
 
 
-def _numbers(text: str | None) -> tuple[int, ...] | None:
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
+    if text in ("", "none"):
+        return ()
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise InputError(f"--context {text}: must be numbers separated by commas, such as 0,4096") from None
+        raise InputError(f"{option} {text}: must be numbers separated by commas, such as 512,4096") from None
 
 
 def _names(text: str | None) -> tuple[str, ...]:
@@ -115,7 +132,7 @@ def _check_png(path: Path) -> None:
 def _text(report: Report) -> list[str]:
     from nemotron_h.benchmark.report import notes, tables
 
-    machine, (decode, engines) = report.machine, tables(report)
+    machine = report.machine
     source = f"{machine.version} ({machine.commit})" if machine.commit else machine.version
     low, high = min(machine.bandwidth) / 1e9, max(machine.bandwidth) / 1e9
     lines: list[Any] = [
@@ -124,10 +141,14 @@ def _text(report: Report) -> list[str]:
         f" {machine.memory_bytes / 2**30:.3g} GiB, {machine.system}; {machine.date}",
         f"package    nemotron-h {source}",
         f"bandwidth  {machine.read_bytes_per_second / 1e9:.3g} GB/s read with 2 MiB pages ({low:.3g} to {high:.3g})",
-        "",
-        *columns(decode),
-        "",
-        *columns(engines),
     ]
+    if machine.peaks:
+        peaks = ", ".join(
+            f"{name} {statistics.median(found) / 1e12:.3g} ({min(found) / 1e12:.3g} to {max(found) / 1e12:.3g})"
+            for name, found in machine.peaks.items()
+        )
+        lines.append(f"peaks      {peaks} TFLOP/s")
+    for table in tables(report):
+        lines += ["", *columns(table)]
     found = notes(report)
     return [*lines, "", *found] if found else lines

@@ -28,6 +28,7 @@ from nemotron_h.family.memory import (
     lora_training,
     units,
 )
+from nemotron_h.family.operations import Operations, operations
 from nemotron_h.family.presets import PRESETS, preset, presets
 from nemotron_h.family.reads import Reads, decode_reads
 from nemotron_h.family.rules import check, check_field
@@ -58,6 +59,7 @@ __all__ = [
     "Count",
     "Field",
     "Layer",
+    "Operations",
     "Reads",
     "Training",
     "Unit",
@@ -79,6 +81,7 @@ __all__ = [
     "lora_training",
     "mtp_layer",
     "mtp_tensors",
+    "operations",
     "override",
     "pattern",
     "preset",

@@ -1,6 +1,6 @@
 """This package's model, in a process of its own.
 
-Letters: B = 1 row · T tokens · V vocabulary.
+Letters: B rows · T tokens · V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ from nemotron_h import (
     SamplingParams,
     packing,
 )
-from nemotron_h.benchmark.workers.torch_model import Decoder, stored_bytes
+from nemotron_h.benchmark.workers import bits
+from nemotron_h.benchmark.workers.torch_model import SHORT, Decoder, stored_bytes
 from nemotron_h.ops import _native, settings
+from nemotron_h.quantization import is_packed
 
 
 class Worker:
-    """Actions: `load`, then `fill`, `decode` and `compare_paths` in any order; or `write` alone."""
+    """Actions: `load`, then the others in any order, `together` after `gather`; or `write` alone."""
 
     model: NemotronHForCausalLM
     decoder: Decoder
+    prompts: list[list[int]]
 
     def load(
         self, config: dict[str, Any] | None, path: str | None, quantization: str | None, threads: int
@@ -60,8 +63,34 @@ class Worker:
         self.decoder.fill(context)
 
     def decode(self, tokens: int) -> dict[str, Any]:
-        seconds, finite = self.decoder.decode(tokens)
-        return {"seconds": seconds, "finite": finite}
+        return self.decoder.decode(tokens)
+
+    def verify(self, steps: int, tokens: int) -> dict[str, Any]:
+        return self.decoder.decode(steps, tokens)
+
+    def prefill(self, tokens: int) -> dict[str, Any]:
+        return self.decoder.prefill(tokens)
+
+    def gather(self, sequences: int, tokens: int) -> None:
+        """Prompts that `LLM.generate` gets as one list; its cache finds room for `tokens` by itself."""
+        self.prompts = bits.random_prompts(self.model.config.vocab_size, sequences, SHORT)
+        self.together(4)
+
+    def together(self, tokens: int) -> dict[str, Any]:
+        """The decode phase alone; the first token of every text belongs to its prompt."""
+        llm = LLM(self.model, threads=torch.get_num_threads(), max_num_seqs=len(self.prompts))
+        results = llm.generate(self.prompts, SamplingParams(max_tokens=tokens + 1, temperature=0.0, ignore_eos=True))
+        stats = llm.stats()
+        return {
+            "tokens": stats["tokens"]["decode"],
+            "seconds": stats["seconds"]["decode"],
+            "finite": all(result.finish_reason != "error" for result in results),
+        }
+
+    def check_bits(self, tokens: int, sequences: int) -> dict[str, Any]:
+        """As `bits.compare`; promised: whether equal bits are, as they are for packed weights on kernels."""
+        packed = is_packed(getattr(self.model.config, "quantization_config", None))
+        return {**bits.compare(self.model, tokens, sequences), "promised": packed and _kernels() != "reference"}
 
     def compare_paths(self, tokens: int, repeats: int) -> dict[str, Any]:
         """Tokens per second of the plain step, `model.generate` and `LLM.generate`; medians of alternating rounds.
@@ -77,10 +106,10 @@ class Worker:
                 seconds[name].append(timed(way, tokens))
         return {"tokens_per_second": {name: tokens / statistics.median(s) for name, s in seconds.items()}}
 
-    def _step(self, ids_BT: Tensor, cache: NemotronHHybridDynamicCache | None) -> tuple[Tensor, Any]:
+    def _step(self, ids_BT: Tensor, cache: NemotronHHybridDynamicCache | None, keep: int) -> tuple[Tensor, Any]:
         cache = NemotronHHybridDynamicCache(self.model.config) if cache is None else cache
-        out = self.model(ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1], out.past_key_values
+        out = self.model(ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+        return out.logits, out.past_key_values
 
     def _by_step(self, tokens: int) -> None:
         decoder = Decoder(self._step, self.model.config.vocab_size)

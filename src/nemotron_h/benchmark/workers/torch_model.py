@@ -1,6 +1,6 @@
 """What the workers of PyTorch models share: random weights, and decoding token by token.
 
-Letters: B = 1 row · T tokens · V vocabulary.
+Letters: S steps · B rows · T tokens · V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 from nemotron_h.initialization import initialize
 
 FILL = 512  # tokens of a pass that fills the context
+PASS = 2048  # tokens of a pass through a prompt: longer ones gain nothing and take memory
+SHORT = 16  # tokens of the prompts of sequences that decode together
 _WARM_UP = 4
-Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
+Step = Callable[[Tensor, Any, int], tuple[Tensor, Any]]
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -52,11 +54,13 @@ class Decoder:
     """Random tokens through a model, one at a time, behind a context of random tokens.
 
     Args:
-        step: Token ids [1, T] and a cache, or None to start anew, to the last token's logits [1, V] and the cache.
+        step: Token ids [B, T], a cache or None to start anew, and how many logits of each row to keep, to the logits of
+            its last tokens [B, kept, V] and the cache.
+        rows: Sequences that decode together.
     """
 
-    def __init__(self, step: Step, vocab: int) -> None:
-        self._step, self._vocab = step, vocab
+    def __init__(self, step: Step, vocab: int, rows: int = 1) -> None:
+        self._step, self._vocab, self._rows = step, vocab, rows
         self._cache: Any = None
         self._length = 0
         self._random = random.Random(0)
@@ -66,20 +70,35 @@ class Decoder:
         if self._length > context or context == 0:
             self._cache, self._length = None, 0
         while self._length < context:
-            self._forward(min(FILL, context - self._length))
+            self._forward(self._draw(min(FILL, context - self._length)))
         for _ in range(_WARM_UP):
-            self._forward(1)
+            self._forward(self._draw(1))
 
-    def decode(self, tokens: int) -> tuple[float, bool]:
-        """Seconds for `tokens` tokens, and whether all logits of the last were finite."""
-        start, logits_BV = time.perf_counter(), torch.empty(0)
-        for _ in range(tokens):
-            logits_BV = self._forward(1)
-        return time.perf_counter() - start, math.isfinite(float(logits_BV.float().sum()))
+    def decode(self, steps: int, tokens: int = 1) -> dict[str, Any]:
+        """Steps of `tokens` tokens, with the logits of each: how many of all rows, in how many seconds, and whether
+        all logits of the last step were finite."""
+        ids_SBT = [self._draw(tokens) for _ in range(steps)]
+        return {"tokens": steps * tokens * self._rows, **self._timed(ids_SBT, tokens)}
+
+    def prefill(self, tokens: int) -> dict[str, Any]:
+        """A prompt from an empty cache, in passes of `PASS`, with the logits of its last token. Leaves the cache alone
+        that decoding has."""
+        fresh = Decoder(self._step, self._vocab)
+        pieces = [fresh._draw(min(PASS, tokens - start)) for start in range(0, tokens, PASS)]
+        return {"tokens": tokens, **fresh._timed(pieces, 1)}
+
+    def _timed(self, ids_SBT: list[Tensor], keep: int) -> dict[str, Any]:
+        start, logits_BTV = time.perf_counter(), torch.empty(0)
+        for ids_BT in ids_SBT:
+            logits_BTV = self._forward(ids_BT, keep)
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "finite": math.isfinite(float(logits_BTV.float().sum()))}
+
+    def _draw(self, tokens: int) -> Tensor:
+        return torch.tensor([self._random.choices(range(self._vocab), k=tokens) for _ in range(self._rows)])
 
     @torch.no_grad()
-    def _forward(self, count: int) -> Tensor:
-        ids_BT = torch.tensor([[self._random.randrange(self._vocab) for _ in range(count)]])
-        logits_BV, self._cache = self._step(ids_BT, self._cache)
-        self._length += count
-        return logits_BV
+    def _forward(self, ids_BT: Tensor, keep: int = 1) -> Tensor:
+        logits_BTV, self._cache = self._step(ids_BT, self._cache, keep)
+        self._length += ids_BT.shape[1]
+        return logits_BTV

@@ -1,6 +1,6 @@
 """transformers' own Nemotron-H in bfloat16, in a process of its own.
 
-Letters: B = 1 row · T tokens · V vocabulary.
+Letters: B rows · T tokens · V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import transformers
 from torch import Tensor
 
 from nemotron_h import NemotronHConfig
-from nemotron_h.benchmark.workers.torch_model import Decoder, random_weights, stored_bytes
+from nemotron_h.benchmark.workers.torch_model import SHORT, Decoder, random_weights, stored_bytes
 
 
 class Worker:
-    """Actions: `load`, then `fill` and `decode` in any order."""
+    """Actions: `load`, then the others in any order; `together` after `gather`."""
 
     model: Any
     decoder: Decoder
+    batch: Decoder
 
     def load(self, config: dict[str, Any], threads: int) -> dict[str, Any]:
         """Random weights of a configuration; the seconds include the first token."""
@@ -44,12 +45,25 @@ class Worker:
         self.decoder.fill(context)
 
     def decode(self, tokens: int) -> dict[str, Any]:
-        seconds, finite = self.decoder.decode(tokens)
-        return {"seconds": seconds, "finite": finite}
+        return self.decoder.decode(tokens)
 
-    def _step(self, ids_BT: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        out = self.model(ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1], out.past_key_values
+    def verify(self, steps: int, tokens: int) -> dict[str, Any]:
+        return self.decoder.decode(steps, tokens)
+
+    def prefill(self, tokens: int) -> dict[str, Any]:
+        return self.decoder.prefill(tokens)
+
+    def gather(self, sequences: int, tokens: int) -> None:
+        """Sequences that go through the model in one batch; its cache finds room for `tokens` by itself."""
+        self.batch = Decoder(self._step, self.model.config.vocab_size, sequences)
+        self.batch.fill(SHORT)
+
+    def together(self, tokens: int) -> dict[str, Any]:
+        return self.batch.decode(tokens)
+
+    def _step(self, ids_BT: Tensor, cache: Any, keep: int) -> tuple[Tensor, Any]:
+        out = self.model(ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+        return out.logits, out.past_key_values
 
 
 def peer_config(ours: NemotronHConfig) -> Any:
