@@ -104,6 +104,7 @@ constexpr Kernels avx512_kernels = {NEMOTRON_H_KERNELS(NEMOTRON_H_AVX512)};
 constexpr Kernels with_tiles(Kernels kernels) {
     kernels.linear = amx::linear;
     kernels.experts = amx::experts;
+    kernels.peak = amx::peak;
     return kernels;
 }
 constexpr Kernels amx_kernels = with_tiles(avx512_kernels);

@@ -11,6 +11,7 @@
 #include "../pool.h"
 #include "../simd.h"
 #include "../simd_int.h"
+#include "tiles.h"
 
 namespace nemotron_h {
 namespace NEMOTRON_H_LEVEL {
@@ -41,83 +42,33 @@ double float32_rounds(size_t rounds, float* sink) {
     return 2.0 * static_cast<double>(rounds * unrolled * chains * lanes);
 }
 
-#if defined(__AMX_TILE__)
-// Four sums of 16 × 16 from two tiles of rows and two of columns, as a product of matrices has them: of a tile's 64 bytes
-// times 16 rows, every product is 16 · 16 · 64 bytes' multiply-adds.
-constexpr size_t tile = 16, tile_bytes = 64;
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {tile_bytes, tile_bytes, tile_bytes, tile_bytes, tile_bytes, tile_bytes, tile_bytes, tile_bytes};
-    uint8_t rows[16] = {tile, tile, tile, tile, tile, tile, tile, tile};
-};
-
-// The tiles belong to whoever uses them, so what was configured before is put back.
-class Tiles {
-  public:
-    Tiles() noexcept {
-        _tile_storeconfig(&before_);
-        const TileConfig own;
-        __asm__ volatile("" : : "m"(own));  // all of it must be in memory: the intrinsic names only its address
-        _tile_loadconfig(&own);
-    }
-    ~Tiles() noexcept {
-        if (before_.palette != 0) _tile_loadconfig(&before_);
-        else _tile_release();
-    }
-
-  private:
-    TileConfig before_;
-};
-
-// The intrinsics are macros that want their tiles as numbers.
-#define NEMOTRON_H_FOUR(product) \
-    product(0, 4, 6);            \
-    product(1, 4, 7);            \
-    product(2, 5, 6);            \
-    product(3, 5, 7)
-
-void zero_tiles() {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    _tile_zero(4);
-    _tile_zero(5);
-    _tile_zero(6);
-    _tile_zero(7);
-}
-
-double tile_operations(size_t rounds, size_t elements) {
-    return 2.0 * static_cast<double>(rounds * 8 * tile * tile * elements);
+#if defined(NEMOTRON_H_TILES)
+// Four sums of 16 × 16 from two tiles of rows and two of columns, as a product of matrices has them.
+template <typename Four>
+double tile_rounds(size_t rounds, size_t elements, float* sink, const Four& four) {
+    const Tiles tiles(tile_height);
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    tile_zero<tile_a>(), tile_zero<tile_a + 1>(), tile_zero<tile_b>(), tile_zero<tile_b + 1>();
+    for (size_t r = 0; r < rounds; ++r) four(), four();
+    alignas(64) uint8_t out[tile_height * tile_width];
+    tile_store<0>(out, tile_width);
+    *sink = static_cast<float>(out[0]);
+    return 2.0 * static_cast<double>(rounds * 8 * tile_height * lanes * elements);
 }
 
 double bf16_rounds(size_t rounds, float* sink) {
-    const Tiles tiles;
-    alignas(64) float out[tile * tile];
-    zero_tiles();
-    for (size_t r = 0; r < rounds; ++r) {
-        NEMOTRON_H_FOUR(_tile_dpbf16ps);
-        NEMOTRON_H_FOUR(_tile_dpbf16ps);
-    }
-    _tile_stored(0, out, tile_bytes);
-    *sink = out[0];
-    return tile_operations(rounds, tile_bytes / 2);
+    return tile_rounds(rounds, tile_width / 2, sink, [] {
+        tile_dot_bf16<0, tile_a, tile_b>(), tile_dot_bf16<1, tile_a, tile_b + 1>();
+        tile_dot_bf16<2, tile_a + 1, tile_b>(), tile_dot_bf16<3, tile_a + 1, tile_b + 1>();
+    });
 }
 
 double int8_rounds(size_t rounds, float* sink) {
-    const Tiles tiles;
-    alignas(64) int32_t out[tile * tile];
-    zero_tiles();
-    for (size_t r = 0; r < rounds; ++r) {
-        NEMOTRON_H_FOUR(_tile_dpbssd);
-        NEMOTRON_H_FOUR(_tile_dpbssd);
-    }
-    _tile_stored(0, out, tile_bytes);
-    *sink = static_cast<float>(out[0]);
-    return tile_operations(rounds, tile_bytes);
+    return tile_rounds(rounds, tile_width, sink, [] {
+        tile_dot_bytes<0, tile_a, tile_b>(), tile_dot_bytes<1, tile_a, tile_b + 1>();
+        tile_dot_bytes<2, tile_a + 1, tile_b>(), tile_dot_bytes<3, tile_a + 1, tile_b + 1>();
+    });
 }
-#undef NEMOTRON_H_FOUR
 
 #else
 
