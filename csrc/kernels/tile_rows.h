@@ -1,5 +1,5 @@
-// The product of two panels with many rows of activations on the matrix units (tiles.h): the bits of many_rows.h, at three
-// to five times its rate.
+// The product of two panels with many rows of activations on the matrix units (tiles.h), with the bits of
+// many_rows.h. A core has 8 to 16 times as many multipliers there, so all else must happen beside them.
 //
 // A step is 32 rows by 2 panels by one group of k: two tiles of activations, read where activations.h has put them, meet
 // two of weights, and four of sums fill the other registers. int4 becomes int8 once for all rows of a block, in slabs of
