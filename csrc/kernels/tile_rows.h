@@ -240,7 +240,7 @@ inline void tile_integers(const Panels& panels, const Rows& x, const RowTiles& r
             now.totals = acc + pair * pair_rows * P * lanes;
             if (now.rows == 2) multiply_bytes<2, P>(a, x.cols, b, tiles);
             else multiply_bytes<1, P>(a, x.cols, b, tiles);
-            convert<P, has_min>(before, x, height, sums);  // before the slab that it reads is unpacked anew
+            convert<P, has_min>(before, x, height, sums);  // while the units multiply this group
             ahead.proceed(step + 1, steps);
             if (now.rows == 2) store_sums<2, P>(sums);
             else store_sums<1, P>(sums);
