@@ -12,7 +12,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/ker
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
-.PHONY: help demo test oldest campaign check check-kernels sanitize aarch64 format clean
+.PHONY: help demo test oldest campaign check check-kernels sanitize aarch64 amx format clean
 
 help:
 	@echo "make demo      write some text with the model that ships with the package"
@@ -23,6 +23,7 @@ help:
 	@echo "make check-kernels  the suites that run the model, the reference beside every kernel"
 	@echo "make sanitize  the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make aarch64   the kernels' generic level built for aarch64 and run under qemu (Debian's packages)"
+	@echo "make amx       the kernels' level with matrix units under Linux in the emulator Bochs (Debian's packages)"
 	@echo "make format    let ruff format and mend what it can"
 	@echo "make clean     remove $(VENV) and all caches"
 
@@ -56,6 +57,9 @@ sanitize: $(INSTALLED_DEV)
 
 aarch64:
 	tools/aarch64.sh
+
+amx:
+	tools/amx.sh
 
 format: $(INSTALLED_DEV)
 	$(BIN)/ruff check --fix
