@@ -49,10 +49,10 @@ class LLM:
             as an object is wrapped in place, its weights frozen (`load_adapter`).
         quantization: "bf16", "int8" or "int4" packs the weights of a checkpoint while they are read; None takes them as
             they are, packed ones included. A model in memory has `model.quantize("int4")`.
-        max_num_seqs: Most texts that decode together, samples of one prompt included; further ones wait, and begin when
-            one ends. It changes no token and no probability: fewer decode together where the kernels could not promise
-            that (8 with weights that are not packed; one with an adapter, with modules or hooks of your own inside the
-            blocks, off the CPU or in float16 and float64).
+        max_num_seqs: Most texts that decode together, samples of one prompt included; others wait until one ends. It
+            changes no token and no probability: no more go together than kernels take without changing a row's bits,
+            which is fewer for plain weights than for packed ones. With adapters, in float16 and float64, off the CPU,
+            and with modules or hooks of your own inside the blocks, one text is written after the other.
         speculative: Not in this version (`UnsupportedError`).
         prefix_cache, num_speculative_tokens: Accepted; this engine has neither.
 
