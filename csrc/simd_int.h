@@ -84,7 +84,9 @@ inline Multiplier multiplier(i32x16 m) {  // in -15 .. 15
                                               0x0c0c0c0c, 0x08080808, 0x04040404, 0, 0x0c0c0c0c, 0x08080808, 0x04040404, 0);
     const __m512i size = _mm512_abs_epi32(m.v), flip = _mm512_srai_epi32(m.v, 31);
     const __m512i offset = _mm512_xor_si512(_mm512_slli_epi32(size, 3), flip);
-    return {_mm512_or_si512(size, _mm512_slli_epi32(size, 16)), flip, _mm512_shuffle_epi8(offset, one_byte)};
+    const __m512i bias = _mm512_set1_epi8(static_cast<char>(0x80));  // - (o ^ 128) = 128 - o
+    return {_mm512_or_si512(size, _mm512_slli_epi32(size, 16)), flip,
+            _mm512_xor_si512(_mm512_shuffle_epi8(offset, one_byte), bias)};
 }
 inline bytes64 times(bytes64 nibbles, const Multiplier& m) {
     const __m512i product = _mm512_mullo_epi16(nibbles.v, m.words);

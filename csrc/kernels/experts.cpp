@@ -53,7 +53,7 @@ void sort_visits(const int64_t* experts, size_t visits, size_t k, size_t E, size
 template <typename Use>
 void visit_experts(const void* data, size_t bytes, const Weights& shape, const Visits& visits, const Rows& x,
                    const size_t* rows, const Use& use) {
-    const size_t panels = shape.panels(), width = visits.longest > few_rows ? tile_panels : 1;
+    const size_t panels = shape.panels(), width = visits.longest > 1 ? tile_panels : 1;
     const size_t columns = ceil_div(panels, width);
     parallel(visits.groups * columns, ceil_div(panel_grain(shape), width), [&](size_t begin, size_t end) {
         for (size_t item = begin; item < end; ++item) {

@@ -32,7 +32,7 @@ void linear(const void* x, Dtype x_dtype, size_t x_stride, size_t M, const void*
     char* at = static_cast<char*>(scratch);
     const Rows rows = place_rows(M, K, takes_float(format, arithmetic), at, keeps_bf16(format, x_dtype, M));
     prepare_rows(x, x_dtype, x_stride, M, K, rows);
-    const size_t width = M > few_rows ? tile_panels : 1, columns = ceil_div(weights.panels(), width);
+    const size_t width = M > 1 ? tile_panels : 1, columns = ceil_div(weights.panels(), width);
     const size_t blocks = ceil_div(M, rows_of_block(rows)), per_block = ceil_div(M, blocks);
     parallel(blocks * columns, ceil_div(panel_grain(weights), width), [&](size_t begin, size_t end) {
         for (size_t item = begin; item < end; ++item) {

@@ -11,7 +11,7 @@
 // sum that waits in memory while other rows have the slab is a float32 there as in a register.
 #pragma once
 
-#include "product.h"
+#include "few_rows.h"
 #include "tiles.h"
 
 namespace nemotron_h {
@@ -102,8 +102,8 @@ inline void unpack(const uint8_t* panel, const PanelLayout& layout, size_t first
             const bytes64 w = load_bytes(from);
             if constexpr (four) {
                 const bytes64 low = low_nibbles(w), high = high_nibbles(w);
-                store(to, biased(own ? times(low, m) : has_min ? low : minus_eight(low)));
-                store(to + 64 * P, biased(own ? times(high, m) : has_min ? high : minus_eight(high)));
+                store(to, own ? times(low, m) : biased(has_min ? low : minus_eight(low)));
+                store(to + 64 * P, own ? times(high, m) : biased(has_min ? high : minus_eight(high)));
                 to += 2 * 64 * P;
             } else {
                 store(to, biased(w));
@@ -136,11 +136,6 @@ inline void unpack(const Weights& w, const uint8_t* panel, const PanelLayout& la
 
 // ---------------------------------------------------------------------------------------------------------------------
 // A tile's part of the sums: `cols` columns of x from `first` on. acc: [row][panel][16].
-
-// Of a group of 128, 64 or 32 columns.
-inline int32_t sum_of(const int32_t* sums, size_t count) {
-    return count == 4 ? sums[0] + sums[1] + (sums[2] + sums[3]) : count == 2 ? sums[0] + sums[1] : sums[0];
-}
 
 template <size_t P, size_t R, bool has_min>
 inline void integer_tile(const Slab& slab, size_t first, size_t cols, size_t group, const RowPointers& x, float* acc) {
@@ -303,6 +298,10 @@ inline void block_product(const Weights& w, size_t panel, const Rows& x, const s
 template <typename Use>
 inline void products(const Weights& w, size_t panel, size_t panels, const Rows& x, const size_t* at, size_t count,
                      const Use& use) {
+#if defined(__AVX512F__)
+    const bool few = count > 1 && count <= pair_rows && panels == pair_panels;
+    if (few && x.wide == nullptr) return pair_products(w, panel, x, at, count, use);
+#endif
     if (count > few_rows && takes_many(w, x)) {
         if (panels == tile_panels) return block_product<tile_panels>(w, panel, x, at, count, use);
         return block_product<1>(w, panel, x, at, count, use);

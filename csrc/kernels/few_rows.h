@@ -1,0 +1,168 @@
+// The product of two panels with 2 to 16 rows of activations: drafted tokens, a small batch, an expert's few visitors.
+//
+// product.h spends two instructions per row and 32 k on multipliers and reads each activation once per panel; slabs
+// (many_rows.h) are unpacked into memory first, which too few rows pay for. Here 128 k (or a group) of two panels are
+// taken apart in registers and met by up to 8 rows at once: 16 sums, and an activation serves two products. For up to 8
+// rows that keeps pace with memory; more find the block in the first cache.
+//
+// The bits are product.h's, for the reasons given in many_rows.h.
+#pragma once
+
+#include "product.h"
+
+#if defined(__AVX512F__)
+namespace nemotron_h {
+namespace NEMOTRON_H_LEVEL {
+
+constexpr size_t pair_panels = 2;
+constexpr size_t pair_rows = 16;   // up to here; 8 of them at once
+constexpr size_t pair_cols = 512;  // that the second 8 find in the first cache
+
+// Of a group of 128, 64 or 32 columns.
+inline int32_t sum_of(const int32_t* sums, size_t count) {
+    return count == 4 ? sums[0] + sums[1] + (sums[2] + sums[3]) : count == 2 ? sums[0] + sums[1] : sums[0];
+}
+
+// Of products that wait for one another: with few rows an accumulator is split.
+template <size_t R>
+constexpr size_t chains() { return R <= 4 ? 2 : 1; }
+
+// Products of columns k .. k + 32 of both panels, which lie at values[p], with R rows.
+template <size_t R, bool four, bool own>
+inline void dots_32(const uint8_t* const* values, const uint8_t* const* ahead, const Multiplier* m,
+                    const int8_t* const* q, size_t k, bool fetch, i32x16 (&dot)[R][pair_panels][2]) {
+#pragma GCC unroll 8
+    for (size_t i = 0; i < (four ? 4 : 8); ++i) {
+        bytes64 low[pair_panels], high[pair_panels];
+        for (size_t p = 0; p < pair_panels; ++p) {
+            if (fetch) prefetch(ahead[p] + 64 * i);
+            const bytes64 w = load_bytes(values[p] + 64 * i);
+            if constexpr (four) {
+                low[p] = own ? times(low_nibbles(w), m[p]) : low_nibbles(w);
+                high[p] = own ? times(high_nibbles(w), m[p]) : high_nibbles(w);
+            } else {
+                low[p] = biased(w);
+            }
+        }
+        for (size_t r = 0; r < R; ++r) {
+            const int32_t x = quad(q[r] + k + (four ? 8 : 4) * i);
+            const size_t c = four ? 0 : i % chains<R>();
+            for (size_t p = 0; p < pair_panels; ++p) dot[r][p][c] = dot_biased(dot[r][p][c], low[p], x);
+        }
+        if constexpr (four) {
+            for (size_t r = 0; r < R; ++r) {
+                const size_t c = 1 % chains<R>();
+                const int32_t x = quad(q[r] + k + 8 * i + 4);
+                for (size_t p = 0; p < pair_panels; ++p) dot[r][p][c] = dot_biased(dot[r][p][c], high[p], x);
+            }
+        }
+    }
+}
+
+// Columns first .. end of two panels, whole groups but for the matrix's last. acc: [row][panel][16].
+template <size_t R, bool four, bool own, bool has_min>
+void pair_columns(const Weights& w, const uint8_t* panel, const PanelLayout& layout, size_t first, size_t end,
+                  const RowPointers& x, bool fetch, float* acc) {
+    const size_t group = own ? block_cols : w.group;
+    const uint8_t* values[pair_panels];
+    for (size_t p = 0; p < pair_panels; ++p)
+        values[p] = panel + p * layout.bytes + layout.values + first * panel_rows / (four ? 2 : 1);
+    for (size_t begin = first, g = first / group; begin < end; begin += group, ++g) {
+        const size_t stop = begin + group < end ? begin + group : end;
+        i32x16 dot[R][pair_panels][2];
+        int32_t sum[R];
+        for (size_t r = 0; r < R; ++r) {
+            sum[r] = sum_of(x.sums[r] + begin / sum_cols, (stop - begin) / sum_cols);
+            const i32x16 start = own || !four ? start_signed(sum[r]) : fill_int(has_min ? 0 : -8 * sum[r]);
+            for (size_t p = 0; p < pair_panels; ++p) dot[r][p][0] = start, dot[r][p][1] = fill_int(0);
+        }
+        size_t k = begin;
+        do {
+            Multiplier m[pair_panels];
+            if constexpr (own && four)
+                for (size_t p = 0; p < pair_panels; ++p)
+                    m[p] = multiplier(multipliers(panel + p * layout.bytes, layout, k / chunk_cols, k / multiplier_cols % 2));
+            // Behind the end of a panel follows the beginning of the one after the other panel, read next.
+            const uint8_t* ahead[pair_panels];
+            for (size_t p = 0; p < pair_panels; ++p) {
+                ahead[p] = values[p] + read_ahead;
+                if (ahead[p] >= panel + (p + 1) * layout.bytes) ahead[p] += (pair_panels - 1) * layout.bytes;
+            }
+            dots_32<R, four, own>(values, ahead, m, x.q, k, fetch, dot);
+            for (size_t p = 0; p < pair_panels; ++p) values[p] += four ? 256 : 512;
+            k += sum_cols;
+        } while (k < stop);
+        for (size_t p = 0; p < pair_panels; ++p) {
+            const uint8_t* at = panel + p * layout.bytes;
+            const f32x16 scale = own ? block_scales(at + layout.scales + g * panel_rows) : group_scales(at, g, w.scale_type);
+            f32x16 least;
+            if constexpr (has_min) least = load(reinterpret_cast<const float*>(at + layout.minimums) + g * panel_rows);
+            for (size_t r = 0; r < R; ++r) {
+                float* total = acc + (r * pair_panels + p) * lanes;
+                const f32x16 x_scale = fill(x.scales[r][begin / block_cols]);
+                const i32x16 whole = chains<R>() == 2 ? add(dot[r][p][0], dot[r][p][1]) : dot[r][p][0];
+                f32x16 y = fma(to_float(whole), mul(x_scale, scale), load(total));
+                if constexpr (has_min) y = fma(mul(to_float(fill_int(sum[r])), x_scale), least, y);
+                store(total, y);
+            }
+        }
+    }
+}
+
+using PairColumns = void(const Weights&, const uint8_t*, const PanelLayout&, size_t, size_t, const RowPointers&, bool, float*);
+
+template <size_t R>
+inline PairColumns* pair_kernel(Format format) {
+    switch (format) {
+        case Format::int8: return pair_columns<R, false, true, false>;
+        case Format::int4: return pair_columns<R, true, true, false>;
+        case Format::grouped8: return pair_columns<R, false, false, false>;
+        case Format::grouped4: return pair_columns<R, true, false, false>;
+        case Format::grouped8_min: return pair_columns<R, false, false, true>;
+        default: return pair_columns<R, true, false, true>;
+    }
+}
+
+inline PairColumns* pair_kernel(size_t rows, Format format) {
+    switch (rows) {
+        case 2: return pair_kernel<2>(format);
+        case 3: return pair_kernel<3>(format);
+        case 4: return pair_kernel<4>(format);
+        case 5: return pair_kernel<5>(format);
+        case 6: return pair_kernel<6>(format);
+        case 7: return pair_kernel<7>(format);
+        default: return pair_kernel<8>(format);
+    }
+}
+
+// use(panel + p, i, 16 sums) of the rows at[0..count) of x, at most pair_rows.
+template <typename Use>
+inline void pair_products(const Weights& w, size_t panel, const Rows& x, const size_t* at, size_t count, const Use& use) {
+    const PanelLayout layout(w.format, w.cols, w.group);
+    const uint8_t* data = static_cast<const uint8_t*>(w.data) + panel * layout.bytes;
+    const bool own = w.format == Format::int8 || w.format == Format::int4;
+    const size_t cols = layout.chunks * chunk_cols, low = count / 2;
+    const size_t second = count > most_rows ? low : 0, front = count - second;  // rows of the two tiles
+    const RowPointers rows = point_to(x, at, 0, front), others = point_to(x, at, front, second);
+    PairColumns* const run = pair_kernel(front, w.format);
+    PairColumns* const again = pair_kernel(second, w.format);
+    alignas(64) float acc[pair_rows * pair_panels * lanes];
+    for (size_t i = 0; i < count * pair_panels; ++i) store(acc + i * lanes, fill(0.0f));
+    const size_t step = second == 0 ? cols : pair_cols;
+    for (size_t first = 0; first < cols; first += step) {
+        const size_t end = cols - first < step ? cols : first + step;
+        run(w, data, layout, first, end, rows, true, acc);
+        if (second != 0) again(w, data, layout, first, end, others, false, acc + front * pair_panels * lanes);
+    }
+    for (size_t m = 0; m < count; ++m) {
+        for (size_t p = 0; p < pair_panels; ++p) {
+            f32x16 y = load(acc + (m * pair_panels + p) * lanes);
+            if (own) y = mul(y, load(reinterpret_cast<const float*>(data + p * layout.bytes)));
+            use(panel + p, m, y);
+        }
+    }
+}
+
+}  // namespace NEMOTRON_H_LEVEL
+}  // namespace nemotron_h
+#endif
