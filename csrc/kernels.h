@@ -168,7 +168,7 @@ using Sample = int64_t(const float* logits, size_t V, float temperature, size_t 
                        double u, float* scratch) noexcept;
 constexpr size_t sample_scratch(size_t V) { return 2 * V + 32; }
 
-// x + mixer(norm(x)) of whole blocks, for batch × T or `rows` rows of x, contiguous, at most 8: the kernels of their parts
+// x + mixer(norm(x)) of whole blocks, for batch × T or `rows` rows of x, contiguous, T ≤ 8: the kernels of their parts
 // one after the other, each rounding to x's dtype as it does by itself. Window, states and new_window: as in MambaStep.
 // scratch: block_scratch bytes. The router takes D = norm.size; ids that it chooses are always valid.
 using MambaBlockStep = void(const MambaBlock* block, const void* x, Dtype dtype, size_t batch, size_t T, const void* window,

@@ -15,8 +15,8 @@ namespace nemotron_h {
 namespace NEMOTRON_H_LEVEL {
 
 constexpr size_t pair_panels = 2;
-constexpr size_t pair_rows = 16;   // up to here; 8 of them at once
-constexpr size_t pair_cols = 512;  // that the second 8 find in the first cache
+constexpr size_t most_pair_rows = 16;  // up to here; 8 of them at once
+constexpr size_t pair_cols = 512;      // that the second 8 find in the first cache
 
 // Of a group of 128, 64 or 32 columns.
 inline int32_t sum_of(const int32_t* sums, size_t count) {
@@ -135,7 +135,7 @@ inline PairColumns* pair_kernel(size_t rows, Format format) {
     }
 }
 
-// use(panel + p, i, 16 sums) of the rows at[0..count) of x, at most pair_rows.
+// use(panel + p, i, 16 sums) of the rows at[0..count) of x, at most most_pair_rows.
 template <typename Use>
 inline void pair_products(const Weights& w, size_t panel, const Rows& x, const size_t* at, size_t count, const Use& use) {
     const PanelLayout layout(w.format, w.cols, w.group);
@@ -146,7 +146,7 @@ inline void pair_products(const Weights& w, size_t panel, const Rows& x, const s
     const RowPointers rows = point_to(x, at, 0, front), others = point_to(x, at, front, second);
     PairColumns* const run = pair_kernel(front, w.format);
     PairColumns* const again = pair_kernel(second, w.format);
-    alignas(64) float acc[pair_rows * pair_panels * lanes];
+    alignas(64) float acc[most_pair_rows * pair_panels * lanes];
     for (size_t i = 0; i < count * pair_panels; ++i) store(acc + i * lanes, fill(0.0f));
     const size_t step = second == 0 ? cols : pair_cols;
     for (size_t first = 0; first < cols; first += step) {

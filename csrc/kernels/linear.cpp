@@ -1,5 +1,5 @@
-// A linear layer. For a few rows the weights stream past once, every thread taking panels of 16 output rows (product.h);
-// many are multiplied block by block, all panels for each (many_rows.h, tile_rows.h).
+// A linear layer. For a few rows the weights stream past once, every thread taking panels of 16 output rows (product.h,
+// few_rows.h); many are multiplied block by block, all panels for each (many_rows.h, tile_rows.h).
 #include "tile_rows.h"
 
 namespace nemotron_h {

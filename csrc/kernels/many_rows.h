@@ -1,7 +1,6 @@
 // The product of two panels with more rows of activations than registers hold: a prompt, a batch, an expert's visitors.
 //
-// product.h takes the weights apart for every 8 rows anew and loads an activation for every product. Here a slab of 512 k
-// of two panels is unpacked once, to int8 in 16 KB of the first cache, and met by all rows of a block, a tile of 6 rows and
+// product.h and few_rows.h take the weights apart for every 8 rows anew. Here a slab of 512 k of two panels is unpacked once, to int8 in 16 KB of the first cache, and met by all rows of a block, a tile of 6 rows and
 // 2 panels at a time: 12 sums of integers, 12 of floats and two vectors of weights fill the registers. Every four k cost two
 // loads of weights, six of activations and 12 instructions that multiply, so the multipliers are the bound. bfloat16 goes
 // the same way, in 12 pairs of chains, 256 k at a time, with nothing to unpack.
@@ -25,7 +24,6 @@ constexpr size_t tile_panels = 2, tile_rows = 6;
 constexpr size_t tile_panels = 1, tile_rows = 3;
 #endif
 
-constexpr size_t few_rows = 8;     // up to here product.h reads each weight once and waits for memory
 constexpr size_t slab_cols = 512;  // of bfloat16 half as many, which are as many bytes
 // Of activations: they stay in the second cache, which has 2 MB on CPUs with matrix units.
 #if defined(NEMOTRON_H_TILES)
@@ -33,6 +31,15 @@ constexpr size_t block_rows = 256, block_bytes = 1024 << 10;
 #else
 constexpr size_t block_rows = 256, block_bytes = 512 << 10;
 #endif
+
+// Rows up to which product.h is as fast: 8 wait for memory, and packed bfloat16 has nothing to take apart, so the next 8
+// find a panel in the second cache.
+inline size_t few_rows([[maybe_unused]] const Weights& w) {
+#if defined(__AVX512F__)
+    if (w.format == Format::packed_bf16) return 16;
+#endif
+    return 8;
+}
 
 struct Slab {
     alignas(64) uint8_t values[slab_cols / 4 * tile_panels * 64];  // [four k][panel][row][k]; bfloat16: [panel][line]
@@ -299,10 +306,10 @@ template <typename Use>
 inline void products(const Weights& w, size_t panel, size_t panels, const Rows& x, const size_t* at, size_t count,
                      const Use& use) {
 #if defined(__AVX512F__)
-    const bool few = count > 1 && count <= pair_rows && panels == pair_panels;
+    const bool few = count > 1 && count <= most_pair_rows && panels == pair_panels;
     if (few && x.wide == nullptr) return pair_products(w, panel, x, at, count, use);
 #endif
-    if (count > few_rows && takes_many(w, x)) {
+    if (count > few_rows(w) && takes_many(w, x)) {
         if (panels == tile_panels) return block_product<tile_panels>(w, panel, x, at, count, use);
         return block_product<1>(w, panel, x, at, count, use);
     }

@@ -29,6 +29,7 @@ from nemotron_h.ops.block_step import MOST_ROWS, AttentionBlock, MambaBlock, Mat
 from nemotron_h.ops.causal_conv1d.native import TAPS
 from nemotron_h.ops.dispatch import DTYPE_CODES, not_plain
 from nemotron_h.ops.linear.native import ARITHMETIC_CODES
+from nemotron_h.ops.linear.native import MOST_ROWS as MOST_PLAIN_ROWS
 from nemotron_h.ops.router.native import MOST_EXPERTS
 from nemotron_h.ops.ssd.native import STATES
 from nemotron_h.points import untouched
@@ -47,6 +48,7 @@ class BlockStep:
     def __init__(self) -> None:
         self._guard: Any = None
         self._dtype: torch.dtype | None = None
+        self._most_rows = 0
         self._run: Callable[[Tensor, Layout, Any], Tensor | None] | None = None
 
     def __reduce__(self) -> tuple[type[BlockStep], tuple[()]]:
@@ -61,13 +63,15 @@ class BlockStep:
         if x_BTD.is_cuda or not x_BTD.is_contiguous() or not self._ready(block, x_BTD.dtype, x_BTD.shape[-1]):
             return None
         assert self._run is not None
+        if x_BTD.numel() > self._most_rows * x_BTD.shape[-1]:
+            return None
         return self._run(x_BTD, layout, cache)
 
     @torch.no_grad()
     def rows(self, block: nn.Module, dtype: torch.dtype, size: int) -> int:
         """How many rows x [..., size] may have, each with the bits that it has alone; 1 where modules run."""
         steps = settings.current().free and _native.load() is not None and self._ready(block, dtype, size)
-        return MOST_ROWS if steps else 1
+        return self._most_rows if steps else 1
 
     def _ready(self, block: nn.Module, dtype: torch.dtype, size: int) -> bool:
         return self._is_prepared(dtype) or self._prepare(block, dtype, size)
@@ -82,7 +86,7 @@ class BlockStep:
         except _NotFused:
             self._guard = self._run = None
             return False
-        self._guard, self._dtype = parts.guard, dtype
+        self._guard, self._dtype, self._most_rows = parts.guard, dtype, parts.most_rows
         return True
 
 
@@ -91,6 +95,7 @@ class _Parts:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype, self.guard = dtype, _native.extension().Guard()
+        self.most_rows = MOST_ROWS
         self._noted: set[tuple[int, str]] = set()  # a fact is looked up at every token: once is enough
         if dtype not in DTYPE_CODES:
             raise _NotFused
@@ -196,6 +201,7 @@ class _Parts:
         bias, bias_dtype = self.address(layer, "bias", rows)
         if "scheme" not in layer.__dict__:
             self.need(weight.dtype is self.dtype and weight.shape == (rows, cols))
+            self.most_rows = MOST_PLAIN_ROWS  # with more the layer takes PyTorch's product
             return Matrix(weight.data_ptr(), DTYPE_CODES[weight.dtype], cols, rows, cols, 0, 0, 1, bias, bias_dtype)
         scheme = self.value(layer, "scheme")
         self.need(weight.dtype == torch.uint8 and weight.shape == scheme.packing.shape(rows, cols))
@@ -329,6 +335,7 @@ def _experts(parts: _Parts, experts: Any, count: int, width: int, latent: int) -
         codes = scheme.packing.code, *packed_codes(scheme)
     else:
         parts.need(up.dtype is parts.dtype and down.dtype is up.dtype)
+        parts.most_rows = MOST_PLAIN_ROWS
         parts.need(up.shape == (count, width, latent) and down.shape == (count, latent, width))
         codes = DTYPE_CODES[up.dtype], 0, 0, 1
     bytes_each = [tensor.stride(0) * tensor.element_size() for tensor in (up, down)]

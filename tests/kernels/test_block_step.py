@@ -102,6 +102,21 @@ def test_bits_of_the_modules(taken: list[str]) -> None:
                 assert all(torch.equal(one.tensors()[name], state) for name, state in other.tensors().items())
 
 
+@pytest.mark.parametrize(("quantization", "most"), [(None, 8), ("int4", 32), ("bf16", 32)])
+def test_rows_that_step_as_a_whole(quantization: str | None, most: int, taken: list[str]) -> None:
+    """Plain weights as many as their layers multiply in the kernel, packed ones 32; a state takes 8 tokens at once."""
+    model = made(LATENT, quantization, torch.bfloat16)
+    plain = without_steps(model)
+    types = [block.block_type for block in model.model.layers if block.block_type in FUSED]
+    for rows, tokens in ((8, 1), (9, 1), (4, 4), (4, 8), (32, 1), (33, 1), (2, 9)):
+        caches = read(model, rows), read(plain, rows)
+        taken.clear()
+        found = step(model, caches[0], tokens, rows)
+        fits = rows * tokens <= most
+        assert taken == [name for name in types if fits and (tokens <= 8 or name != "mamba")], (rows, tokens)
+        assert torch.equal(found, step(plain, caches[1], tokens, rows)), (rows, tokens)
+
+
 def test_bits_of_every_level() -> None:
     model = made(LATENT, "int4", torch.bfloat16)
     kernels, results = _native.kernels, []

@@ -32,7 +32,7 @@ def routing(tokens: int, k: int, count: int, generator: torch.Generator) -> tupl
 
 
 @given(
-    seed=st.integers(0, 2**31), packing=st.sampled_from(PACKINGS), tokens=st.integers(1, 21), k=st.integers(1, 5),
+    seed=st.integers(0, 2**31), packing=st.sampled_from(PACKINGS), tokens=st.integers(1, 40), k=st.integers(1, 5),
     latent=st.sampled_from((16, 33, 80, 128)), width=st.sampled_from((24, 64, 113)), bias=st.booleans(),
     dtype=st.sampled_from((torch.float32, torch.bfloat16)), arithmetic=st.sampled_from(("int8", "float32")),
 )  # fmt: skip

@@ -31,7 +31,7 @@ def case(
 
 @examples(max_examples=100)
 @given(
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 8), st.integers(1, 90)),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 90)),
     dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
     scale=st.sampled_from([0.1, 3.0, 30.0]),
     limit=st.sampled_from([FREE, (0.001, 0.1), (0.5, math.inf), (0.0, 0.3), (0.2, 0.2)]),
@@ -80,7 +80,7 @@ def test_limits_nan_and_infinity() -> None:
 
 
 def test_rows_tokens_and_threads_do_not_matter() -> None:
-    dt, bias = case(7, 8, 64)
+    dt, bias = case(7, 19, 64)
     for level in LEVELS:
         with kernel_threads(1):
             together = native.time_step(dt, bias, FREE, level)
@@ -120,7 +120,6 @@ def refused() -> dict[str, tuple[Any, ...]]:
         r"dt_bias \[4\] does not fit dt \[2, 3, 5\]": (dt, bias[:4], FREE),
         r"does not fit dt \[3, 5\]": (dt[0], bias, FREE),
         "dt is empty": (dt[:0], bias, FREE),
-        "at most 8 tokens, not 9": (draw(1, 9, 5), bias, FREE),
         "rows of dt": (draw(2, 5, 3).transpose(1, 2), bias, FREE),
     }
 
@@ -138,7 +137,7 @@ def test_the_kernel_is_the_choice_where_it_can_run(monkeypatch: pytest.MonkeyPat
     time_step(draw(2, 8, 5), draw(5), FREE)
     time_step(draw(2, 9, 5), draw(5), FREE)
     time_step(draw(2, 8, 5), draw(5), FREE, impl="reference")
-    assert len(calls) == (1 if LEVELS else 0)
+    assert len(calls) == (2 if LEVELS else 0)
 
 
 def test_check(environment: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:

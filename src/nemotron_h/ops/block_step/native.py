@@ -19,7 +19,7 @@ from nemotron_h.ops import _native, threads
 from nemotron_h.ops.dispatch import DTYPE_CODES
 from nemotron_h.ops.linear.native import scratch
 
-MOST_ROWS = 8  # of x, in all
+MOST_ROWS = 32  # of x, in all
 
 
 class Matrix(NamedTuple):

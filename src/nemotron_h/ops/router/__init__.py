@@ -37,8 +37,8 @@ def route(
     """`s = sigmoid(x Wᵀ)`; the bias takes part in the choice of experts and not in their weights. All in float32.
 
     x [M, D], weight [E, D], bias [E], any floating dtypes. Of equal scores (of experts, of groups) the one with the
-    lower id is chosen; NaN counts as greater than every number. The kernel takes up to 8 tokens and 512 experts, x and
-    weight in float32 or bfloat16, the bias in float32.
+    lower id is chosen; NaN counts as greater than every number. The kernel takes up to 512 experts, x and weight in
+    float32 or bfloat16, the bias in float32.
 
     Args:
         n_group: Equal groups of experts; a group's score is the sum of its two best.

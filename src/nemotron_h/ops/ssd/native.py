@@ -210,8 +210,6 @@ def time_step_refusal(dt_BTH: Tensor, dt_bias_H: Tensor, limit: tuple[float, flo
         return f"dt_bias {list(dt_bias_H.shape)} does not fit dt {list(dt_BTH.shape)}"
     if dt_BTH.numel() == 0:
         return "dt is empty"
-    if dt_BTH.shape[1] > TOKENS:
-        return f"the kernel is for at most {TOKENS} tokens, not {dt_BTH.shape[1]}"
     if dt_BTH.stride(2) != 1 and dt_BTH.shape[2] != 1:
         return f"the rows of dt (strides {dt_BTH.stride()}) are not contiguous"
     return None
