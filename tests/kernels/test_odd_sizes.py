@@ -1,4 +1,4 @@
-"""Sizes that fit no block cost at most three times what the tuned ones do, per element.
+"""Sizes that fit no block cost at most three times what the tuned ones do, per element; rows no more than fewer rows.
 
 A kernel that falls back to single elements at its edges passes every other test, and is ten times slower on a model of
 its own dimensions. One thread, sizes taken in turns, the least of many rounds: other load on the machine cancels.
@@ -21,7 +21,7 @@ from nemotron_h.ops import attention
 from nemotron_h.ops.attention import native as attention_kernel
 from nemotron_h.ops.linear import native as linear_kernel
 from nemotron_h.ops.ssd import native as ssd_kernel
-from nemotron_h.quantization import INT4, INT8, Packing, pack
+from nemotron_h.quantization import BF16, INT4, INT8, Packing, pack
 
 MOST = 3.0
 Run = Callable[[], Any]
@@ -93,6 +93,26 @@ def test_linear(kind: Packing | torch.dtype, rows: int, level: str) -> None:
 
     runs = {shape: run(shape, weight) for shape, weight in weights(kind).items()}
     assert_near_the_first(runs, lambda n, k: n * k)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("packing", [INT4, INT8, BF16], ids=lambda p: p.name)
+def test_rows_cost_no_more_together(packing: Packing, level: str) -> None:
+    """On both sides of every change of kernel: a row among more may cost 1.6 times what it does among fewer at most."""
+    weight = pack(torch.randn(480, 1344, generator=torch.Generator().manual_seed(0)), packing)
+    arithmetic = "float32" if packing is BF16 else "int8"
+    counts = (1, 2, 4, 8, 9, 16, 17, 24)
+    runs = [
+        lambda x=torch.ones(m, 1344): linear_kernel.packed_linear(x, weight, packing, 480, None, arithmetic, level=level)
+        for m in counts
+    ]
+    seconds = [float("inf")] * len(runs)
+    for _ in range(3):
+        seconds = [min(pair) for pair in zip(seconds, least_seconds(runs), strict=True)]
+        per_row = [s / m for s, m in zip(seconds, counts, strict=True)]
+        if all(cost <= 1.6 * min(per_row[: i + 1]) for i, cost in enumerate(per_row)):
+            return
+    raise AssertionError(f"seconds for {counts} rows: {seconds}")
 
 
 @pytest.mark.parametrize("level", LEVELS)
