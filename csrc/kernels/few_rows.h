@@ -2,8 +2,11 @@
 //
 // product.h spends two instructions per row and 32 k on multipliers and reads each activation once per panel; slabs
 // (many_rows.h) are unpacked into memory first, which too few rows pay for. Here 128 k (or a group) of two panels are
-// taken apart in registers and met by up to 8 rows at once: 16 sums, and an activation serves two products. For up to 8
-// rows that keeps pace with memory; more find the block in the first cache.
+// taken apart in registers and met by up to 8 rows at once: 16 sums, and an activation serves two products. Four rows
+// take 1.1 times as long as memory needs, eight 1.8 times; the next eight find 512 k of both panels in the first cache.
+//
+// With few rows the bound is latency: a product waits five cycles for the one before it in its sum, and the processor
+// finishes two a cycle, so up to 4 rows split each sum in two.
 //
 // The bits are product.h's, for the reasons given in many_rows.h.
 #pragma once
@@ -81,7 +84,8 @@ void pair_columns(const Weights& w, const uint8_t* panel, const PanelLayout& lay
             Multiplier m[pair_panels];
             if constexpr (own && four)
                 for (size_t p = 0; p < pair_panels; ++p)
-                    m[p] = multiplier(multipliers(panel + p * layout.bytes, layout, k / chunk_cols, k / multiplier_cols % 2));
+                    m[p] = multiplier(
+                        multipliers(panel + p * layout.bytes, layout, k / chunk_cols, k / multiplier_cols % 2));
             // Behind the end of a panel follows the beginning of the one after the other panel, read next.
             const uint8_t* ahead[pair_panels];
             for (size_t p = 0; p < pair_panels; ++p) {
@@ -94,7 +98,8 @@ void pair_columns(const Weights& w, const uint8_t* panel, const PanelLayout& lay
         } while (k < stop);
         for (size_t p = 0; p < pair_panels; ++p) {
             const uint8_t* at = panel + p * layout.bytes;
-            const f32x16 scale = own ? block_scales(at + layout.scales + g * panel_rows) : group_scales(at, g, w.scale_type);
+            const f32x16 scale =
+                own ? block_scales(at + layout.scales + g * panel_rows) : group_scales(at, g, w.scale_type);
             f32x16 least;
             if constexpr (has_min) least = load(reinterpret_cast<const float*>(at + layout.minimums) + g * panel_rows);
             for (size_t r = 0; r < R; ++r) {
@@ -109,7 +114,8 @@ void pair_columns(const Weights& w, const uint8_t* panel, const PanelLayout& lay
     }
 }
 
-using PairColumns = void(const Weights&, const uint8_t*, const PanelLayout&, size_t, size_t, const RowPointers&, bool, float*);
+using PairColumns = void(const Weights&, const uint8_t*, const PanelLayout&, size_t, size_t, const RowPointers&, bool,
+                         float*);
 
 template <size_t R>
 inline PairColumns* pair_kernel(Format format) {

@@ -1,9 +1,10 @@
 // The product of two panels with more rows of activations than registers hold: a prompt, a batch, an expert's visitors.
 //
-// product.h and few_rows.h take the weights apart for every 8 rows anew. Here a slab of 512 k of two panels is unpacked once, to int8 in 16 KB of the first cache, and met by all rows of a block, a tile of 6 rows and
-// 2 panels at a time: 12 sums of integers, 12 of floats and two vectors of weights fill the registers. Every four k cost two
-// loads of weights, six of activations and 12 instructions that multiply, so the multipliers are the bound. bfloat16 goes
-// the same way, in 12 pairs of chains, 256 k at a time, with nothing to unpack.
+// product.h and few_rows.h take the weights apart anew for every 8 rows. Here a slab of 512 k of two panels is unpacked
+// once, to int8 in 16 KB of the first cache, and met by all rows of a block, a tile of 6 rows and 2 panels at a time: 12
+// sums of integers, 12 of floats and two vectors of weights fill the registers. Every four k cost two loads of weights,
+// six of activations and 12 instructions that multiply, so the multipliers are the bound. bfloat16 goes the same way, in
+// 12 pairs of chains, 256 k at a time, with nothing to unpack.
 //
 // The bits are product.h's. Integers are exact within a group in any order, also when each weight has been multiplied by
 // its sign and multiplier first: at most 15 · 8, an int8. The floats then see the same operations in the same order; a

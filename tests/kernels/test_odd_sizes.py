@@ -102,10 +102,12 @@ def test_rows_cost_no_more_together(packing: Packing, level: str) -> None:
     weight = pack(torch.randn(480, 1344, generator=torch.Generator().manual_seed(0)), packing)
     arithmetic = "float32" if packing is BF16 else "int8"
     counts = (1, 2, 4, 8, 9, 16, 17, 24)
-    runs = [
-        lambda x=torch.ones(m, 1344): linear_kernel.packed_linear(x, weight, packing, 480, None, arithmetic, level=level)
-        for m in counts
-    ]
+
+    def run(rows: int) -> Run:
+        x = torch.ones(rows, 1344)
+        return lambda: linear_kernel.packed_linear(x, weight, packing, 480, None, arithmetic, level=level)
+
+    runs = [run(count) for count in counts]
     seconds = [float("inf")] * len(runs)
     for _ in range(3):
         seconds = [min(pair) for pair in zip(seconds, least_seconds(runs), strict=True)]
