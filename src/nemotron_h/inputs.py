@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from nemotron_h import losses
+from nemotron_h import losses, pieces
 from nemotron_h.cache import NemotronHHybridDynamicCache
 from nemotron_h.configuration import NemotronHConfig
 from nemotron_h.errors import CacheError, InputError
@@ -26,11 +26,10 @@ _NAMES = (
 )  # fmt: skip
 
 
-class Trunk(Protocol):
+class Trunk(pieces.Trunk, Protocol):
     """What a pass must know of the model that runs it."""
 
     config: NemotronHConfig
-    training: bool
     gradient_checkpointing: bool
 
 
@@ -46,11 +45,14 @@ class Options(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A checked pass: where its tokens stand, the cache to extend, what to return."""
+    """A checked pass: where its tokens stand, the cache to extend, what to return; with `parts`, it is read in pieces,
+    and `kept_Bn` are then the only positions whose hidden states are wanted."""
 
     layout: Layout
     cache: NemotronHHybridDynamicCache | None
     options: Options
+    parts: list[pieces.Part] | None = None
+    kept_Bn: Tensor | None = None
 
 
 def prepare(
@@ -86,7 +88,10 @@ def prepare(
     recorder = _recorder(config, kwargs, options, labels is not None)
     capacity = None if cache is None else cache.capacity
     layout = Layout(tokens, past, valid_BT, slots_valid_BS, seq_idx_BT, recorder, capacity)
-    return Prepared(layout, cache, options)
+    parts, given = None, input_ids if inputs_embeds is None else inputs_embeds
+    if options.hidden_states != "all" and given is not None:
+        parts = pieces.plan(model, given, layout)
+    return Prepared(layout, cache, options, parts)
 
 
 def _check_tokens(
@@ -195,6 +200,17 @@ def _recorder(config: NemotronHConfig, kwargs: Mapping[str, Any], options: Optio
         ssm_states={} if kwargs.get("output_ssm_states") else None,
         mtp_routings={} if in_loss and config.mtp_loss_coef > 0 else None,
     )
+
+
+def kept_alone(prepared: Prepared, batch: int, logits_to_keep: int | Tensor) -> Tensor | None:
+    """The positions [B, n] whose hidden states suffice for these logits; None where all are wanted, or come at once."""
+    layout, _, options, parts, _ = prepared
+    if parts is None or options.hidden_states != "none" or options.mtp_depths:
+        return None
+    if isinstance(logits_to_keep, int) and logits_to_keep == 0:
+        return None
+    places_BT1 = torch.arange(layout.tokens)[None, :, None].expand(batch, -1, 1)
+    return keep_positions(places_BT1, logits_to_keep)[..., 0]
 
 
 def keep_positions(hidden_BTD: Tensor, logits_to_keep: int | Tensor) -> Tensor:

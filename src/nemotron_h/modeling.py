@@ -20,13 +20,13 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nemotron_h import cache as caches
-from nemotron_h import family, losses
+from nemotron_h import family, losses, pieces
 from nemotron_h.cache import CacheLayer, DepthCache, NemotronHHybridDynamicCache
 from nemotron_h.configuration import NemotronHConfig
 from nemotron_h.errors import ConfigError, InputError
 from nemotron_h.family import BlockType, Layer
 from nemotron_h.generation_mixin import NemotronHGenerationMixin
-from nemotron_h.inputs import keep_positions, prepare
+from nemotron_h.inputs import keep_positions, kept_alone, prepare
 from nemotron_h.layout import Layout, Recorder, ordered
 from nemotron_h.linears import NemotronHLinear, activated, empty_packed, widened
 from nemotron_h.ops.activations import activation
@@ -556,21 +556,19 @@ class NemotronHModel(NemotronHPreTrainedModel):
         prepared = kwargs.pop("prepared", None) or prepare(
             self, input_ids, inputs_embeds, position_ids, past_key_values, use_cache, attention_mask, kwargs
         )
-        layout, cache, options = prepared
-
-        x_BTD = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if self.config.residual_in_fp32:
-            x_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
-        x_BTD = F.dropout(x_BTD, self.config.hidden_dropout, self.training)
+        layout, cache, options, parts, kept_Bn = prepared
+        tokens = cast("Tensor", input_ids if inputs_embeds is None else inputs_embeds)
         hidden_states: list[Tensor] = []
-        for block in self.layers:
-            if options.hidden_states == "all":
-                hidden_states.append(x_BTD)
-            if layout.tokens:
-                x_BTD = block(x_BTD, layout, past_key_values=cache)
-        x_BTD = self.norm_f(x_BTD).to(self.norm_f.weight.dtype)
-        if cache is not None:
-            cache.commit(x_BTD.shape[0], layout.tokens, layout.slots_valid_BS)
+        if parts is not None:
+
+            def run(rows: slice, slots: slice, layout: Layout, cache: NemotronHHybridDynamicCache | None) -> Tensor:
+                return self._run(tokens[rows, slots], layout, cache)
+
+            x_BTD = pieces.read(parts, layout, cache, self.config, tokens.shape[0], kept_Bn, run)
+        else:
+            x_BTD = self._run(tokens, layout, cache, hidden_states if options.hidden_states == "all" else None)
+            if cache is not None:
+                cache.commit(x_BTD.shape[0], layout.tokens, layout.slots_valid_BS)
 
         seen = layout.recorder or Recorder()
         output = NemotronHModelOutput(
@@ -582,6 +580,26 @@ class NemotronHModel(NemotronHPreTrainedModel):
             ssm_states=ordered(seen.ssm_states),
         )
         return output if options.return_dict else output.to_tuple()
+
+    def _run(
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        cache: NemotronHHybridDynamicCache | None,
+        hidden_states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Hidden states of ids [B, T] or embeddings [B, T, D] behind the final norm; `hidden_states` gets those before
+        each block."""
+        x_BTD = tokens if tokens.is_floating_point() else self.embeddings(tokens)
+        if self.config.residual_in_fp32:
+            x_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
+        x_BTD = F.dropout(x_BTD, self.config.hidden_dropout, self.training)
+        for block in self.layers:
+            if hidden_states is not None:
+                hidden_states.append(x_BTD)
+            if layout.tokens:
+                x_BTD = block(x_BTD, layout, past_key_values=cache)
+        return self.norm_f(x_BTD).to(self.norm_f.weight.dtype)
 
 
 class NemotronHMTPBlock(NemotronHBlock):
@@ -694,14 +712,15 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
             kwargs,
             labels,
         )
-        layout, _, options = prepared
+        layout, _, options, _, _ = prepared
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise InputError("labels need all logits: give logits_to_keep=0 with them")
-        trunk = self.model(
-            input_ids, inputs_embeds, prepared=prepared._replace(options=options._replace(return_dict=True))
-        )
+        batch = cast("Tensor", input_ids if inputs_embeds is None else inputs_embeds).shape[0]
+        kept_Bn = kept_alone(prepared, batch, logits_to_keep)
+        prepared = prepared._replace(options=options._replace(return_dict=True), kept_Bn=kept_Bn)
+        trunk = self.model(input_ids, inputs_embeds, prepared=prepared)
         hidden_BTD = trunk.last_hidden_state
-        logits_BTV = self.logits_of(keep_positions(hidden_BTD, logits_to_keep))
+        logits_BTV = self.logits_of(hidden_BTD if kept_Bn is not None else keep_positions(hidden_BTD, logits_to_keep))
 
         mtp_logits = None
         if self.mtp is not None and options.mtp_depths:

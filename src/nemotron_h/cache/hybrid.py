@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,32 @@ class NemotronHHybridDynamicCache(Cache):
         self.length += tokens
         self.slots_valid_BS = slots_valid_BS
         self._batch = batch
+
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """For passes that count as one: when one fails, the cache is as it was before the first."""
+        length, batch = self.length, self._batch
+        slots_valid_BS = None if self.slots_valid_BS is None else self.slots_valid_BS.clone()
+        put_back = [layer.remember() for layer in self.layers]  # type: ignore[union-attr]
+        try:
+            yield
+        except BaseException:
+            for layer_back in put_back:
+                layer_back()
+            self.length, self.slots_valid_BS, self._batch = length, slots_valid_BS, batch
+            raise
+
+    def expect(self, tokens: int) -> None:
+        """So many tokens come in passes: keys and values then get their memory at once instead of moving each time."""
+        for layer in self.layers:
+            if isinstance(layer, AttentionLayer):
+                layer.expected = self.length + tokens
+
+    def round_states(self, rounds: bool) -> None:
+        """Whether states are rounded to their dtype behind a pass; between the pieces of one they are not."""
+        for layer in self.layers:
+            if isinstance(layer, MambaLayer) and not layer.in_place:
+                layer.rounds = rounds
 
     # What transformers asks of a cache.
 

@@ -72,6 +72,12 @@ class Journal:
     def slots(self) -> int:
         return sum(step.slots for step in self.steps)
 
+    def copy(self) -> Journal:
+        """One that grows by itself; the tensors, which nobody writes over, are shared."""
+        other = Journal(self.window_BCW, self.state_BHPN, self.at_rest)
+        other.steps = list(self.steps)
+        return other
+
     def append(self, step: Step, taps: int) -> None:
         """Add a pass; the oldest are folded into the state while the others hold `JOURNAL` slots."""
         self.steps.append(step)

@@ -5,7 +5,7 @@ Letters: B batch · T tokens · K key/value heads · d head size · C conv chann
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,19 @@ class CacheLayer(CacheLayerMixin):
             old.copy_(state)
         else:
             setattr(self, name, state)
+
+    def remember(self) -> Callable[[], None]:
+        """A function that makes the layer what it is now, whatever passes and commits come in between."""
+        before = dict(vars(self))
+        rewritten = {name: tensor.clone() for name, tensor in self.tensors().items()} if self.in_place else {}
+
+        def put_back() -> None:
+            vars(self).clear()
+            vars(self).update(before)
+            for name, tensor in rewritten.items():
+                getattr(self, name).copy_(tensor)
+
+        return put_back
 
     def map_batch(self, change: Any) -> None:
         for name, tensor in self.tensors().items():
@@ -126,6 +139,7 @@ class AttentionLayer(CacheLayer):
     def __init__(self) -> None:
         super().__init__()
         self.length = 0
+        self.expected = 0  # slots for which a new buffer has room at least
 
     @property
     def is_croppable(self) -> bool:
@@ -147,7 +161,7 @@ class AttentionLayer(CacheLayer):
             return new if buffer is None or is_new else torch.cat([buffer[:, :, : self.length], new], dim=2)
         if buffer is None or is_new or buffer.shape[2] < end:
             batch, heads, _, *sizes = new.shape
-            grown = new.new_zeros(batch, heads, -(-end // BLOCK) * BLOCK, *sizes)
+            grown = new.new_zeros(batch, heads, -(-max(end, self.expected) // BLOCK) * BLOCK, *sizes)
             if buffer is not None:
                 grown[:, :, : self.length] = buffer[:, :, : self.length]
             buffer = grown
@@ -198,6 +212,7 @@ class MambaLayer(CacheLayer):
         super().__init__()
         self.state_dtype = dtype
         self.record_past = False
+        self.rounds = True
         self.journal: Journal | None = None
         self._pending_step: Step | None = None
         self._pending_journal: Journal | None = None
@@ -240,9 +255,10 @@ class MambaLayer(CacheLayer):
         return super().tensors()
 
     def at_rest(self, state_BHPN: Tensor) -> Tensor:
-        """The state in `mamba_ssm_cache_dtype`; a float64 model keeps float64."""
+        """The state in `mamba_ssm_cache_dtype`; a float64 model keeps float64, and between two pieces of one pass
+        (`rounds` is False) nothing is rounded."""
         wide = state_BHPN.dtype == torch.float64 and self.state_dtype == torch.float32
-        return state_BHPN if wide else state_BHPN.to(self.state_dtype)
+        return state_BHPN if wide or not self.rounds else state_BHPN.to(self.state_dtype)
 
     def unrecorded(self, layout: Layout) -> int:
         """Tokens at the front of a long pass that need not be taken back: the caller scans them by themselves, so that
@@ -277,6 +293,12 @@ class MambaLayer(CacheLayer):
             window_BCW: Any = self.conv_states
             self.journal.append(self._pending_step, window_BCW.shape[2])
         self._pending_step = self._pending_journal = None
+
+    def remember(self) -> Callable[[], None]:
+        put_back = super().remember()
+        if self.journal is not None:
+            self.journal = self.journal.copy()
+        return put_back
 
     def map_batch(self, change: Any) -> None:
         super().map_batch(change)

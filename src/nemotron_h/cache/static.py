@@ -8,6 +8,7 @@ Letters: B batch · T tokens · K key/value heads · N = max_cache_len slots · 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,6 +44,14 @@ class StaticAttentionLayer(AttentionLayer):
 
     def commit(self, slots: int) -> None:
         self.is_used = True
+
+    def remember(self) -> Callable[[], None]:
+        before = self.is_used  # which slots count is all that changes of those in use
+
+        def put_back() -> None:
+            self.is_used = before
+
+        return put_back
 
     def map_batch(self, change: Any) -> None:
         for name in self.names:

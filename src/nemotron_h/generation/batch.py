@@ -26,11 +26,14 @@ from nemotron_h.linears import NemotronHLinear, NemotronHPackedLinear
 from nemotron_h.modeling import NemotronHBlock, NemotronHForCausalLM
 from nemotron_h.ops.dispatch import DTYPE_CODES
 from nemotron_h.ops.linear.native import MOST_ROWS
+from nemotron_h.pieces import GRAIN, PIECE, cuts
 from nemotron_h.points import untouched
 from nemotron_h.steps import BlockStep
 
 Forward = Callable[[list[list[int]], NemotronHHybridDynamicCache, bool], Tensor]
 """(ids, cache to extend, whether all logits are wanted) to float32 logits [B, T or 1, V] on the CPU."""
+
+_LOGITS = 2**25  # of a prompt, in memory at a time
 
 
 @dataclass
@@ -53,6 +56,17 @@ class Stats:
     steps: int = 0
     prefill: Phase = field(default_factory=Phase)
     decode: Phase = field(default_factory=Phase)
+
+
+def prompt_logits(
+    forward: Forward, config: Any, ids: list[int], cache: NemotronHHybridDynamicCache
+) -> Iterator[tuple[Tensor, list[int]]]:
+    """Logits [t, V] of all tokens, some at a time, since those of a long prompt are larger than the model, and the
+    tokens behind them: one fewer at the end."""
+    size = min(PIECE, max(GRAIN, _LOGITS // config.vocab_size // GRAIN * GRAIN))
+    for tokens in cuts(len(ids), size=size):
+        cache.round_states(tokens.stop == len(ids))
+        yield forward([ids[tokens]], cache, True)[0], ids[tokens.start + 1 : tokens.stop + 1]
 
 
 def most_rows(model: NemotronHForCausalLM) -> int | None:
@@ -115,11 +129,14 @@ class Batch:
             yield from self._step(joining)
 
     def read(self, request: Request) -> None:
-        """The prompt, in one pass."""
+        """The prompt; a long one whose tokens' own log-probabilities are wanted is read some tokens at a time."""
         with self.stats.prefill.timed(len(request.ids)):
             cache = NemotronHHybridDynamicCache(self.config)
-            logits_BTV = self.forward([request.ids], cache, request.params.prompt_logprobs is not None)
-            request.read(logits_BTV[0], cache)
+            if request.params.prompt_logprobs is None:
+                request.read(self.forward([request.ids], cache, False)[0], [], cache)
+                return
+            for logits_TV, next_ids in prompt_logits(self.forward, self.config, request.ids, cache):
+                request.read(logits_TV, next_ids, cache)
 
     def _step(self, joining: list[tuple[Sequence, NemotronHHybridDynamicCache]]) -> Iterator[tuple[Sequence, Event]]:
         """The next token of every text that goes on or joins."""

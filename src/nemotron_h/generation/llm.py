@@ -19,7 +19,7 @@ from nemotron_h.adapters.active import ActiveAdapters
 from nemotron_h.cache import NemotronHHybridDynamicCache
 from nemotron_h.errors import InputError, ModelNotFoundError, UnsupportedError
 from nemotron_h.family.fields import short
-from nemotron_h.generation.batch import Batch, Stats, most_rows
+from nemotron_h.generation.batch import Batch, Stats, most_rows, prompt_logits
 from nemotron_h.generation.params import SamplingParams
 from nemotron_h.generation.results import Event, Result
 from nemotron_h.generation.sequence import Request
@@ -201,9 +201,13 @@ class LLM:
         """Log-probability of every prompt token given those before it; None for the first."""
         scores = []
         for ids in [self._encode(prompt, room=0) for prompt in _as_list(prompts)]:
-            logprobs_TV = self._forward([ids], None, True, None)[0].log_softmax(-1)
-            actual = logprobs_TV[:-1].gather(1, torch.tensor(ids[1:], dtype=torch.long)[:, None])[:, 0]
-            scores.append([None, *actual.tolist()])
+            found: list[float | None] = [None]
+            cache = NemotronHHybridDynamicCache(self.config)
+            for logits_TV, next_ids in prompt_logits(partial(self._forward, adapter=None), self.config, ids, cache):
+                next_T = torch.tensor(next_ids, dtype=torch.long)
+                actual = logits_TV[: len(next_ids)].log_softmax(-1).gather(1, next_T[:, None])
+                found += actual[:, 0].tolist()
+            scores.append(found)
         return scores
 
     def stats(self) -> dict[str, Any]:

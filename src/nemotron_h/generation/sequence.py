@@ -97,14 +97,15 @@ class Request:
         """Whether a sample has not begun."""
         return len(self.samples) < self.params.n
 
-    def read(self, logits_TV: Tensor, cache: NemotronHHybridDynamicCache) -> None:
-        """What the model made of the prompt: float32 logits, of its last token at least, and the cache behind it."""
+    def read(self, logits_TV: Tensor, next_ids: list[int], cache: NemotronHHybridDynamicCache) -> None:
+        """What the model made of the prompt, or of one part after the other: float32 logits, of the last token at
+        least, the tokens behind the first of them whose log-probabilities are wanted, and the cache."""
         count = self.params.prompt_logprobs
         if count is not None:
-            rows = logits_TV[:-1].log_softmax(-1)
-            known = [top_logprobs(row_V, token, count) for row_V, token in zip(rows, self.ids[1:], strict=True)]
-            self.prompt_logprobs = [None, *known]
-        self._logits_V, self._cache = logits_TV[-1], cache
+            rows = logits_TV[: len(next_ids)].log_softmax(-1)
+            known = [top_logprobs(row_V, token, count) for row_V, token in zip(rows, next_ids, strict=True)]
+            self.prompt_logprobs = [*(self.prompt_logprobs or [None]), *known]
+        self._logits_V, self._cache = logits_TV[-1].clone(), cache
 
     def begin(self) -> tuple[Sequence, Event, NemotronHHybridDynamicCache | None]:
         """The next sample's first token, and a cache of its own, unless that was all."""
