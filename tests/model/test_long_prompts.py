@@ -222,6 +222,8 @@ def test_a_failing_piece_leaves_the_cache_as_it_was(kind: str) -> None:
         return cache
 
     cache, calls, forward = filled(), [0], NemotronHAttention.forward
+    mask = torch.ones_like(long)
+    mask[:, 10] = 0  # a journal of padded passes grows in place
 
     def failing(self: NemotronHAttention, *args: Any) -> Tensor:
         calls[0] += 1
@@ -232,7 +234,7 @@ def test_a_failing_piece_leaves_the_cache_as_it_was(kind: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NemotronHAttention, "forward", failing)
         with pytest.raises(Stop):
-            model(long, past_key_values=cache)
+            model(long, past_key_values=cache, attention_mask=mask)
     assert cache.get_seq_length() == 6
     if kind == "recording":
         cache.crop(-2)
