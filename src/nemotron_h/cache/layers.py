@@ -162,7 +162,7 @@ class AttentionLayer(CacheLayer):
         if buffer is None or is_new or buffer.shape[2] < end:
             batch, heads, _, *sizes = new.shape
             grown = new.new_zeros(batch, heads, -(-max(end, self.expected) // BLOCK) * BLOCK, *sizes)
-            if buffer is not None:
+            if buffer is not None and not is_new:  # what nobody uses may have another number of rows
                 grown[:, :, : self.length] = buffer[:, :, : self.length]
             buffer = grown
         buffer[:, :, self.length : end] = new
