@@ -208,7 +208,7 @@ def drawn(rows):
         sorted(bar.get_height() for bar in group) for group in axes.containers if isinstance(group, BarContainer)
     ]
     ticks = [tick.get_text() for tick in axes.get_xticklabels()]
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    labels = axes.get_legend_handles_labels()[1]
     dots = [dots for dots in axes.collections if hasattr(dots, "get_offsets")]
     return heights, ticks, labels, {round(float(y), 6) for part in dots for _, y in part.get_offsets()}
 

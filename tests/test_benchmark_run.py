@@ -177,7 +177,8 @@ def test_prompts_and_batches(worker, subject):
     ]
     prompts = [(entry[0], entry[2]["tokens"]) for entry in asked(worker, "prefill")]
     turns = [*names, *reversed(names)]
-    assert prompts == [(name, 128) for name in names] + [(name, 200) for name in turns] + [(n, 600) for n in turns]
+    measured = [(name, 128) for name in names] + [(name, 200) for name in turns] + [(n, 600) for n in turns]
+    assert prompts == measured + [(name, 1) for name in names], "the last from the start: a context may be full"
     assert {tuple(entry[2].items()) for entry in asked(worker, "verify")} == {(("steps", 3), ("tokens", 4))}
     gathered = [(entry[0], *entry[2].values()) for entry in asked(worker, "gather")]
     assert gathered == [(name, count, 20) for count in (1, 4) for name in names]

@@ -44,11 +44,13 @@ def write_png(report: Report, path: Path) -> None:
     shown = {measure: report.of(measure) for measure in PANELS if report.of(measure)}
     figure = Figure(figsize=(1 + 6 * len(shown), 4.8), layout="constrained")
     machine = report.machine
-    for axes, (measure, rows) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, (measure, rows) in zip(panels, shown.items(), strict=True):
         _draw(axes, report, rows)
         title, size = PANELS[measure]
         axes.set_title(title)
         axes.set_xlabel(size)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     bandwidth = machine.read_bytes_per_second / 1e9
     peaks = "".join(f", {name} {(machine.peak(name) or 0) / 1e12:.3g}" for name in machine.peaks)
     figure.suptitle(
@@ -72,10 +74,9 @@ def _draw(axes: Any, report: Report, rows: list[Row]) -> None:
             [max(row.rates) - row.tokens_per_second for row in own],
         ]
         bars = axes.bar(at, rates, 0.94 * width, yerr=whiskers, capsize=2, label=f"{name} ({own[0].format})")
-        axes.bar_label(bars, labels=[f"{rate:.3g}" for rate in rates], fontsize="small", padding=2)
+        axes.bar_label(bars, labels=[f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}" for rate in rates], fontsize="small", padding=2)
         limits = [row.limit(report.machine) for row in own]
         axes.scatter(at, limits, marker="_", s=200, color="black", label="machine's limit" if place == 0 else None)
     axes.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
     axes.set_ylabel("tokens per second")
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize="small")

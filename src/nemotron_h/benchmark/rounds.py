@@ -109,7 +109,7 @@ class Rounds:
             if ours is not None:
                 self._compare(ours)
             for engine, worker in workers.items():
-                peak = worker.ask("decode", tokens=1)["peak_bytes"]
+                peak = worker.ask("prefill", tokens=1)["peak_bytes"]  # from the start: contexts may be full
                 self.engines.append(_facts(engine, loaded[engine], peak))
 
     def _load(self, engine: Engine, worker: Worker) -> dict[str, Any]:
