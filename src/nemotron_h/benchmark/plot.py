@@ -74,7 +74,8 @@ def _draw(axes: Any, report: Report, rows: list[Row]) -> None:
             [max(row.rates) - row.tokens_per_second for row in own],
         ]
         bars = axes.bar(at, rates, 0.94 * width, yerr=whiskers, capsize=2, label=f"{name} ({own[0].format})")
-        axes.bar_label(bars, labels=[f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}" for rate in rates], fontsize="small", padding=2)
+        labels = [f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}" for rate in rates]
+        axes.bar_label(bars, labels=labels, fontsize="small", padding=2)
         limits = [row.limit(report.machine) for row in own]
         axes.scatter(at, limits, marker="_", s=200, color="black", label="machine's limit" if place == 0 else None)
     axes.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
