@@ -14,6 +14,7 @@ import pytest
 from helpers import tiny_config
 from nemotron_h import __version__, family
 from nemotron_h.benchmark import LeftOut, Options, Subject, engines, limits, rounds, run
+from nemotron_h.benchmark.report import csv_rows, notes, tables
 from nemotron_h.errors import ConfigError, InputError, NemotronHError
 from nemotron_h.ops import _native
 
@@ -375,12 +376,36 @@ def test_disk_must_have_room(worker, subject, monkeypatch):
 
 
 def test_failures_end_every_worker(worker, subject):
-    for action in ("load", "fill", "decode"):
-        worker.broken = ("transformers", action)
+    for broken in (("transformers", "load"), ("nemotron-h", "fill"), ("nemotron-h", "decode")):
+        worker.broken = broken
         with pytest.raises(NemotronHError, match="broken"):
             run(subject, Options((0,), peers=PEERS))
         assert not worker.alive
         assert Meter.measured == -1
+
+
+@pytest.mark.parametrize(
+    ("action", "measured"),
+    [
+        ("fill", []),
+        ("verify", ["decode"]),
+        ("prefill", ["decode", "verify"]),
+        ("gather", ["decode", "verify", "prefill"]),
+        ("together", ["decode", "verify", "prefill"]),
+    ],
+)
+def test_a_peer_that_fails_keeps_its_figures(worker, subject, action, measured):
+    worker.broken = ("llama.cpp", action)
+    report = run(subject, Options((0,), tokens=5, repeats=2, peers=PEERS, prompts=(200,), sequences=(4,)))
+    for name in ("nemotron-h", "transformers"):
+        assert [row.measure for row in report.rows if row.engine == name] == ["decode", "verify", "prefill", "batch"]
+    assert [row.measure for row in report.rows if row.engine == "llama.cpp"] == measured
+    assert [engine.failed for engine in report.engines] == [None, "broken", None]
+    assert not report.good, "a script must see it"
+    assert "llama.cpp failed: broken; the figures before that stay" in notes(report)
+    assert [line[0] for line in tables(report)[-1]] == ["engine", "nemotron-h", "transformers"]
+    assert len(csv_rows(report)) == len(report.rows)
+    assert [entry for entry in worker.log if entry[0] == "llama.cpp"][-2][1] == action, "it is asked nothing more"
 
 
 def test_an_interrupt_ends_every_worker(worker, subject, monkeypatch, tmp_path):

@@ -52,7 +52,7 @@ class EngineFacts:
 
     weights: "loaded" from files, or "random" ones made in memory. first_token_seconds: from nothing to the first token,
     imports left out. packed_bytes: of the weights in memory. peak_bytes: of the whole process at the end.
-    skipped: why it did not run; the other fields are then None.
+    skipped: why it did not run; the other fields are then None. failed: the error that ended it before its last figure.
     """
 
     name: str
@@ -63,6 +63,7 @@ class EngineFacts:
     packed_bytes: int | None = None
     peak_bytes: int | None = None
     skipped: str | None = None
+    failed: str | None = None
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,10 @@ class Report:
 
     @property
     def good(self) -> bool:
-        """Whether the ways that were compared agree."""
+        """Whether the ways that were compared agree, and every engine came to its end."""
         bits = self.bits is None or self.bits.equal or not self.bits.promised
-        return bits and (self.paths is None or self.paths.agree)
+        ended = all(engine.failed is None for engine in self.engines)
+        return ended and bits and (self.paths is None or self.paths.agree)
 
     @property
     def ratios(self) -> list[dict[str, Any]]:
@@ -160,7 +161,7 @@ def tables(report: Report) -> list[Table]:
     engines += [
         [engine.name, engine.version or "", engine.weights or "", f"{engine.first_token_seconds:.3g} s",
          _gib(engine.packed_bytes), _gib(engine.peak_bytes)]
-        for engine in report.engines if engine.skipped is None
+        for engine in report.engines if engine.skipped is None and engine.failed is None
     ]  # fmt: skip
     return [*found, engines]
 
@@ -186,6 +187,8 @@ def notes(report: Report) -> list[str]:
     lines = [f"load average {report.machine.load:.1f} at the start: figures are only good on an idle machine"]
     lines = lines if report.machine.load > _BUSY else []
     lines += [f"{engine.name} did not run: {engine.skipped}" for engine in report.engines if engine.skipped]
+    lines += [f"{engine.name} failed: {engine.failed}; the figures before that stay" for engine in report.engines
+              if engine.failed]  # fmt: skip
     for left in report.left_out:
         work, where = _SAID[left.measure]
         what = f"{work} {where.format(f'{left.size:,}')}"

@@ -13,6 +13,7 @@ from nemotron_h.benchmark import engines
 from nemotron_h.benchmark.engines import Engine, Subject
 from nemotron_h.benchmark.measures import Bits, EngineFacts, LeftOut, Paths, Row
 from nemotron_h.benchmark.process import Worker
+from nemotron_h.errors import NemotronHError
 
 Progress = Callable[[str], None]
 STEP = 4  # tokens of one step as a drafted text is verified
@@ -91,10 +92,12 @@ class Rounds:
         self.left_out: list[LeftOut] = []
         self.paths: Paths | None = None
         self.bits: Bits | None = None
+        self._failed: set[Engine] = set()
         self._reading: dict[Engine, float] = {}  # tokens per second of the last prompt
 
     def run(self, group: Sequence[Engine]) -> None:
-        """Load the engines of a group, let them work in turn, and end them."""
+        """Load the engines of a group, let them work in turn, and end them. A peer that fails while it works takes no
+        further part; what it measured before stays."""
         with ExitStack() as stack:
             workers: dict[Engine, Worker] = {}  # in the order of the group
             loaded: dict[Engine, dict[str, Any]] = {}
@@ -103,14 +106,31 @@ class Rounds:
                 workers[engine] = stack.enter_context(worker)
                 loaded[engine] = self._load(engine, worker)
             for work in works(self.plan):
-                ready = {engine: worker for engine, worker in workers.items() if self._ready(engine, worker, work)}
-                self._work(ready, work)
+                going = [engine for engine in workers if engine not in self._failed]
+                ready = [engine for engine in going if self._may(engine, self._ready, workers[engine], work)]
+                self._work({engine: workers[engine] for engine in ready}, work)
             ours = next((worker for engine, worker in workers.items() if engine.name == engines.OURS), None)
             if ours is not None:
                 self._compare(ours)
             for engine, worker in workers.items():
-                peak = worker.ask("prefill", tokens=1)["peak_bytes"]  # from the start: contexts may be full
-                self.engines.append(_facts(engine, loaded[engine], peak))
+                self._may(engine, self._end, worker, loaded[engine])
+
+    def _may(self, engine: Engine, act: Callable[..., Any], *arguments: Any) -> Any:
+        """act(engine, ...), or None where that fails a peer, now or before. An error of ours ends the run."""
+        if engine not in self._failed:
+            try:
+                return act(engine, *arguments)
+            except NemotronHError as error:
+                if engine.name == engines.OURS:
+                    raise
+                self.progress(f"{error}; {engine.name} takes no further part")
+                self._failed.add(engine)
+                self.engines.append(EngineFacts(engine.name, engine.format, failed=str(error)))
+        return None
+
+    def _end(self, engine: Engine, worker: Worker, loaded: dict[str, Any]) -> None:
+        peak = worker.ask("prefill", tokens=1)["peak_bytes"]  # from the start: contexts may be full
+        self.engines.append(_facts(engine, loaded, peak))
 
     def _load(self, engine: Engine, worker: Worker) -> dict[str, Any]:
         self.progress(f"{engine.name}: {engine.weights} weights, {engine.format}, {engine.size / 1e9:.3g} GB")
@@ -148,11 +168,13 @@ class Rounds:
                 if limited and rates[engine] and _next(spent[engine], rates[engine]) > self.plan.limit:
                     continue
                 time.sleep(_REST)
-                answer = workers[engine].ask(action, **arguments)
+                answer = self._may(engine, lambda engine: workers[engine].ask(action, **arguments))
+                if answer is None:
+                    continue
                 rates[engine].append(answer["tokens"] / answer["seconds"])
                 spent[engine] += answer["seconds"]
                 finite[engine] &= answer["finite"]
-        for engine in order:
+        for engine in [engine for engine in order if rates[engine]]:
             row = self._row(engine, work, rates[engine], finite[engine])
             self.progress(f"{engine.name}: {work.measure} {row.tokens_per_second:.4g} tok/s {work.words}")
             self.rows.append(row)

@@ -60,8 +60,8 @@ def command(
     its own, and they take turns. GB/s and TFLOP/s are the bytes that a step has to read and the operations that it has
     to do, by arithmetic, times the speed; the limits beside them are measured in between.
 
-    Exit status 1 when fast ways of our model do not give the bits of one token at a time, and when --check-paths finds
-    ways that differ by more than 15 %.
+    Exit status 1 when a peer failed, when fast ways of our model do not give the bits of slow ones, and when
+    --check-paths finds ways that differ by more than 15 %.
     """
     from nemotron_h.benchmark import SEQUENCES, Options, run
     from nemotron_h.benchmark.report import append_csv, check_csv
