@@ -240,24 +240,27 @@ inline bytes64 high_nibbles(bytes64 w) {
     return w;
 }
 
-// Every x86-64 has SSE2, whose pmaddwd adds two products of 16-bit numbers; other machines take the plain loops.
+// Every x86-64 has SSE2, whose pmaddwd adds two products of 16-bit numbers: a lane's bytes 0 and 2, then 1 and 3. Other
+// machines take the plain loops.
 #if defined(__SSE2__)
-template <typename W>
-inline __m128i widen_low(__m128i w) {
-    const __m128i zero = _mm_setzero_si128();
-    return _mm_unpacklo_epi8(w, static_cast<W>(-1) < 0 ? _mm_cmpgt_epi8(zero, w) : zero);
+template <bool is_signed>
+inline __m128i even_bytes(__m128i w) {
+    return is_signed ? _mm_srai_epi16(_mm_slli_epi16(w, 8), 8) : _mm_and_si128(w, _mm_set1_epi16(0xff));
+}
+template <bool is_signed>
+inline __m128i odd_bytes(__m128i w) {
+    return is_signed ? _mm_srai_epi16(w, 8) : _mm_srli_epi16(w, 8);
 }
 template <typename W>
-inline i32x16 dot(i32x16 sum, const bytes64& w, int32_t quad) {
-    const __m128i four = widen_low<int8_t>(_mm_cvtsi32_si128(quad)), a = _mm_unpacklo_epi64(four, four);
+__attribute__((always_inline)) inline i32x16 dot(i32x16 sum, const bytes64& w, int32_t quad) {
+    constexpr bool is_signed = static_cast<W>(-1) < 0;
+    const __m128i a = _mm_set1_epi32(quad), even = even_bytes<true>(a), odd = odd_bytes<true>(a);
     for (size_t i = 0; i < lanes; i += 4) {  // four lanes: 16 bytes
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.v + 4 * i));
-        const __m128 low = _mm_castsi128_ps(_mm_madd_epi16(widen_low<W>(bytes), a));
-        const __m128 high = _mm_castsi128_ps(_mm_madd_epi16(widen_low<W>(_mm_srli_si128(bytes, 8)), a));
-        const __m128i even = _mm_castps_si128(_mm_shuffle_ps(low, high, 0x88));
-        const __m128i odd = _mm_castps_si128(_mm_shuffle_ps(low, high, 0xdd));
+        const __m128i first = _mm_madd_epi16(even_bytes<is_signed>(bytes), even);
+        const __m128i second = _mm_madd_epi16(odd_bytes<is_signed>(bytes), odd);
         __m128i* at = reinterpret_cast<__m128i*>(sum.v + i);
-        _mm_storeu_si128(at, _mm_add_epi32(_mm_loadu_si128(at), _mm_add_epi32(even, odd)));
+        _mm_storeu_si128(at, _mm_add_epi32(_mm_loadu_si128(at), _mm_add_epi32(first, second)));
     }
     return sum;
 }
