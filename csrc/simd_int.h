@@ -75,18 +75,20 @@ inline bytes64 minus_eight(bytes64 w) { return {_mm512_sub_epi8(w.v, _mm512_set1
 inline void store(uint8_t* p, bytes64 w) { _mm512_storeu_si512(p, w.v); }
 
 // (nibble - 8) · m of every byte, m being its lane's. A product of 16-bit words does two bytes at once, because the lower
-// one, at most 15 · 15, stays within its byte. The sign comes last: -(p - 8m) = ~p - ~8m.
+// one, at most 15 · 15, stays within its byte. The sign comes last: -(p - 8m) = ~p - ~8m. With `bias`, what comes out is
+// biased(), at no cost.
 struct Multiplier {
     __m512i words, flip, offset;
 };
+template <bool bias>
 inline Multiplier multiplier(i32x16 m) {  // in -15 .. 15
     const __m512i one_byte = _mm512_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0, 0x0c0c0c0c, 0x08080808, 0x04040404, 0,
                                               0x0c0c0c0c, 0x08080808, 0x04040404, 0, 0x0c0c0c0c, 0x08080808, 0x04040404, 0);
     const __m512i size = _mm512_abs_epi32(m.v), flip = _mm512_srai_epi32(m.v, 31);
     const __m512i offset = _mm512_xor_si512(_mm512_slli_epi32(size, 3), flip);
-    const __m512i bias = _mm512_set1_epi8(static_cast<char>(0x80));  // - (o ^ 128) = 128 - o
+    const __m512i more = _mm512_set1_epi8(static_cast<char>(bias ? 0x80 : 0));  // - (o ^ 128) = 128 - o
     return {_mm512_or_si512(size, _mm512_slli_epi32(size, 16)), flip,
-            _mm512_xor_si512(_mm512_shuffle_epi8(offset, one_byte), bias)};
+            _mm512_xor_si512(_mm512_shuffle_epi8(offset, one_byte), more)};
 }
 inline bytes64 times(bytes64 nibbles, const Multiplier& m) {
     const __m512i product = _mm512_mullo_epi16(nibbles.v, m.words);

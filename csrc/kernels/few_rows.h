@@ -84,7 +84,7 @@ void pair_columns(const Weights& w, const uint8_t* panel, const PanelLayout& lay
             Multiplier m[pair_panels];
             if constexpr (own && four)
                 for (size_t p = 0; p < pair_panels; ++p)
-                    m[p] = multiplier(
+                    m[p] = multiplier<true>(
                         multipliers(panel + p * layout.bytes, layout, k / chunk_cols, k / multiplier_cols % 2));
             // Behind the end of a panel follows the beginning of the one after the other panel, read next.
             const uint8_t* ahead[pair_panels];

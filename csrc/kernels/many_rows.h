@@ -105,7 +105,7 @@ inline void unpack(const uint8_t* panel, const PanelLayout& layout, size_t first
     uint8_t* to = slab.values + 64 * p;
     for (size_t k = first; k < first + cols; k += multiplier_cols) {
         Multiplier m{};
-        if constexpr (four && own) m = multiplier(multipliers(panel, layout, k / chunk_cols, k / multiplier_cols % 2));
+        if constexpr (four && own) m = multiplier<true>(multipliers(panel, layout, k / chunk_cols, k / multiplier_cols % 2));
         for (size_t i = 0; i < (four ? 4 : 8); ++i, from += 64) {
             const bytes64 w = load_bytes(from);
             if constexpr (four) {

@@ -91,7 +91,7 @@ inline void unpack_piece(const Panels& panels, size_t p, size_t k, uint8_t* to) 
     }
     Multiplier m{};
     const uint8_t* panel = panels.data + p * panels.layout.bytes;
-    if (panels.own) m = multiplier(multipliers(panel, panels.layout, k / chunk_cols, k / multiplier_cols % 2));
+    if (panels.own) m = multiplier<false>(multipliers(panel, panels.layout, k / chunk_cols, k / multiplier_cols % 2));
     for (size_t i = 0; i < 4; ++i, to += 128) {
         const bytes64 w = load_bytes(from + 64 * i), low = low_nibbles(w), high = high_nibbles(w);
         store(to, panels.own ? times(low, m) : panels.has_min ? low : minus_eight(low));
