@@ -183,7 +183,7 @@ def found(packed):
 
 def test_bits_of_packed_weights(packed, found):
     vocab = packed.model.config.vocab_size
-    assert set(found["differing"].values()) == {0}
+    assert set(found["differing"].values()) == {0} or not _native.levels()
     assert found["promised"] is bool(_native.levels())
     prompt, rows, batch = found["compared"].values()
     assert (prompt, found["rounding"][0]) == (150 * vocab, 150 * vocab)
@@ -202,7 +202,8 @@ def test_bits_of_plain_weights_are_not_promised(restored_threads):
     assert worker.check_bits(20, 2)["promised"] is False
 
 
-def test_one_wrong_bit_is_found(packed, monkeypatch):
+@pytest.mark.parametrize("level", _native.levels()[-1:])
+def test_one_wrong_bit_is_found(packed, monkeypatch, level):
     """In a layer that treats many rows otherwise, in a model that reads pieces otherwise, in a batch."""
     linear = packed.model.model.layers[0].mixer.in_proj
     forward = linear.forward
