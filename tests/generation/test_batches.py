@@ -436,8 +436,9 @@ def test_rows_come_and_go_as_they_like(name: str, kv_dtype: str | None) -> None:
         assert together.batch_size == len(single)
 
 
+@pytest.mark.parametrize("level", _native.levels()[-1:])  # only kernels write a state in place
 @torch.no_grad()
-def test_a_step_behind_a_row_that_left_allocates_no_states() -> None:
+def test_a_step_behind_a_row_that_left_allocates_no_states(level: str) -> None:
     model = made("int4")
     cache = BatchCache(model.config)
     cache.join([model(torch.tensor([[i, 3]]), use_cache=True).past_key_values for i in range(4)])
