@@ -99,7 +99,7 @@ constexpr Kernels avx512_kernels = {NEMOTRON_H_KERNELS(NEMOTRON_H_AVX512)};
 
 // The scan of a prompt and its attention multiply matrices too, but what they multiply is float32, in chains of fused
 // multiply-adds that every level has. The units take bfloat16: a float32 would have to go through them in two parts, which
-// gives bits that no other level has. A few rows wait for memory, and block_step.cpp has no more.
+// gives bits that no other level has. The step of a whole block, of at most 32 rows, calls avx512's products.
 #if defined(NEMOTRON_H_TILE_KERNELS)
 constexpr Kernels with_tiles(Kernels kernels) {
     kernels.linear = amx::linear;

@@ -56,7 +56,8 @@ size_t linear_scratch(size_t M, size_t K, Format format, Arithmetic arithmetic) 
 // Routed experts: out[m] = Σ over m's k experts e, in the order given, of weight · down_e(relu²(up_e(x[m]))), all sums in
 // float32. experts: M × k ids. up: E matrices F × L, down: E matrices L × F, at *_bytes from one to the next (plain rows
 // are contiguous). Each expert that any of experts_piece rows chose is read once. Biases (float32, [E, F] and [E, L]) may be
-// null. Scratch: experts_scratch bytes, about 8 · k · (L + F) for each row of a piece. Returns false, with nothing written, if an id is outside [0, E).
+// null. Scratch: experts_scratch bytes, about 8 · k · (L + F) for each row of a piece. Returns false, with nothing written,
+// if an id is outside [0, E).
 constexpr size_t experts_piece = 512;  // rows that pass through the layer together
 using Experts = bool(const void* x, Dtype x_dtype, size_t x_stride, size_t M, size_t k, size_t E, const int64_t* experts,
                      const float* weights, const void* up, size_t up_bytes, const void* down, size_t down_bytes,
