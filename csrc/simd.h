@@ -84,6 +84,7 @@ inline void compress(float* p, f32x16 a, uint32_t mask) {
 }
 
 inline __m256 fold(f32x16 a) { return _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)); }
+inline __m256 fold_max(f32x16 a) { return _mm256_max_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 #elif defined(__AVX2__)
@@ -160,6 +161,7 @@ inline f32x16 either(uint32_t mask, f32x16 a, f32x16 b) {
 }
 
 inline __m256 fold(f32x16 a) { return _mm256_add_ps(a.lo, a.hi); }
+inline __m256 fold_max(f32x16 a) { return _mm256_max_ps(a.lo, a.hi); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 #else
@@ -350,6 +352,20 @@ inline float sum(f32x16 a) {
 #else
     for (size_t half = lanes / 2; half > 0; half /= 2)
         for (size_t i = 0; i < half; ++i) a.v[i] += a.v[i + half];
+    return a.v[0];
+#endif
+}
+
+// The greatest lane, of lanes without NaN.
+inline float greatest(f32x16 a) {
+#if defined(__AVX2__)
+    const __m256 eight = fold_max(a);
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
+    for (size_t half = lanes / 2; half > 0; half /= 2)
+        for (size_t i = 0; i < half; ++i) a.v[i] = a.v[i + half] > a.v[i] ? a.v[i + half] : a.v[i];
     return a.v[0];
 #endif
 }

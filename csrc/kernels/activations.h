@@ -55,14 +55,6 @@ inline f32x16 load_up_to(const X* p, size_t n) {
     return n >= lanes ? load(p) : n == 0 ? fill(0.0f) : load(p, n);
 }
 
-// The largest of the lanes, NaN if any of them is.
-inline float largest(f32x16 a) {
-    float v[lanes], best = 0.0f;
-    store(v, a);
-    for (size_t i = 0; i < lanes; ++i) best = v[i] > best || v[i] != v[i] ? v[i] : best;
-    return best;
-}
-
 // One block of 128 values to int8. A block that holds an infinity or a NaN gets the scale NaN: it must not vanish.
 template <typename X>
 inline void quantize_block(const X* x, size_t n, int8_t* q, float* scale, int32_t* sums) {
@@ -73,21 +65,20 @@ inline void quantize_block(const X* x, size_t n, int8_t* q, float* scale, int32_
         most = max(abs(v[i]), most);
         invalid = fma(v[i], fill(0.0f), invalid);  // NaN for infinities and NaNs, else zero
     }
-    const float bad = sum(invalid), most_of_all = bad == 0.0f ? largest(most) : 0.0f;
+    const float bad = sum(invalid), most_of_all = bad == 0.0f ? greatest(most) : 0.0f;
     const float top = most_of_all > 1e-36f ? most_of_all : 0.0f;  // below, 127 / top would be infinite
     *scale = bad == 0.0f ? top * (1.0f / 127.0f) : bad;
     const f32x16 inverse = fill(top > 0.0f ? 127.0f / top : 0.0f), magic = fill(12582912.0f);
     for (size_t i = 0; i < vectors; ++i) {
         // To the nearest integer by the rounding of an addition; its low bits are the integer (see exp in simd.h).
-        f32x16 t = bad == 0.0f ? min(fill(127.0f), max(fill(-127.0f), mul(v[i], inverse))) : fill(0.0f);
-        t = sub(as_float(as_int(add(t, magic))), magic);
-        store(q + i * lanes, to_int(t));
+        const f32x16 t = bad == 0.0f ? min(fill(127.0f), max(fill(-127.0f), mul(v[i], inverse))) : fill(0.0f);
+        v[i] = sub(as_float(as_int(add(t, magic))), magic);
+        store(q + i * lanes, to_int(v[i]));
     }
-    for (size_t g = 0; g < block_cols / sum_cols; ++g) {
-        int32_t total = 0;
-        for (size_t i = 0; i < sum_cols; ++i) total += q[g * sum_cols + i];
-        sums[g] = total;
-    }
+    constexpr size_t per_sum = sum_cols / lanes;
+    static_assert(per_sum == 2, "as many vectors as are added below");
+    for (size_t g = 0; g < block_cols / sum_cols; ++g)  // of whole numbers, exact as floats
+        sums[g] = static_cast<int32_t>(sum(add(v[per_sum * g], v[per_sum * g + 1])));
 }
 
 template <typename X>

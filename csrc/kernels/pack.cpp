@@ -55,6 +55,14 @@ inline Block load_block(const float* w, size_t n) {
 
 inline size_t left(size_t cols, size_t block) { return cols > block * block_cols ? cols - block * block_cols : 0; }
 
+// The largest of the lanes, NaN if any of them is.
+inline float largest(f32x16 a) {
+    float v[lanes], best = 0.0f;
+    store(v, a);
+    for (size_t i = 0; i < lanes; ++i) best = v[i] > best || v[i] != v[i] ? v[i] : best;
+    return best;
+}
+
 inline float largest_of(const f32x16* v, size_t count) {
     f32x16 most = fill(0.0f);
     for (size_t i = 0; i < count; ++i) most = max(abs(v[i]), most);
