@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemotron_h.errors import UnsupportedError
+from nemotron_h.errors import InputError, UnsupportedError
 from nemotron_h.ops.activations import activation as by_name
 from nemotron_h.ops.linear import linear, packed_linear
 from nemotron_h.ops.pack import empty_panels, pack_into
@@ -54,6 +54,8 @@ class NemotronHPackedLinear(nn.Linear):
         return self.scheme.packing
 
     def forward(self, input: Tensor, activation: str = "identity", wide: bool = False) -> Tensor:
+        if input.shape[-1] != self.in_features:  # the panels' bytes would also fit some other widths
+            raise InputError(f"a packed layer of {self.in_features} inputs was given x {list(input.shape)}")
         return packed_linear(
             input, self.weight, self.packing, self.out_features, self.bias, self.scheme.activations, activation, wide
         )

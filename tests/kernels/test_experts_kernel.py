@@ -171,9 +171,27 @@ def test_refusals() -> None:
         (r"do not fit x \[1, 8\]", (x, ids, weights, up, up, "relu2")),
         ("one dtype", (x, ids, weights, up.bfloat16(), down.bfloat16(), "relu2")),
         ("not contiguous", (x, ids, weights, up.transpose(1, 2).contiguous().transpose(1, 2), down, "relu2")),
+        (r"ids \[M, k\]", (x, ids[:, 0], weights[:, 0], up, down, "relu2")),
+        (r"ids \[M, k\]", (x, ids[:, :0], weights[:, :0], up, down, "relu2")),
+        ("floating weights", (x, ids, weights.long(), up, down, "relu2")),
+        (r"bias \[4, 11\] must be \[4, 12\]", (x, ids, weights, up, down, "relu2", torch.ones(4, 11))),
+        (r"bias \[3, 8\] must be \[4, 8\]", (x, ids, weights, up, down, "relu2", None, torch.ones(3, 8))),
     ):  # fmt: skip
         with pytest.raises(KernelError, match=message):
             experts(*args, impl="native")
     panels = torch.zeros(4, 1, 7, dtype=torch.uint8)
     with pytest.raises(KernelError, match=r"packed experts .* do not fit int4 12 x 8"):
         packed_experts(x, ids, weights, panels, panels, INT4, 12, "relu2", impl="native")
+    good, back = pack_stack(up), pack_stack(down)
+    for message, args in (
+        ("4 experts' up and 3 experts' down", (good, back[:3])),
+        ("uint8, not torch.int8", (good.view(torch.int8), back)),
+        (r"bias \[12\] must be \[4, 12\]", (good, back, torch.ones(12))),
+    ):
+        bias = args[2] if len(args) > 2 else None
+        with pytest.raises(KernelError, match=message):
+            packed_experts(x, ids, weights, args[0], args[1], INT4, 12, "relu2", bias, impl="native")
+
+
+def pack_stack(weights: Tensor) -> Tensor:
+    return torch.stack([pack(weight, INT4) for weight in weights])

@@ -163,7 +163,14 @@ def test_refusals() -> None:
         (5, args[5].bfloat16(), "takes float32 and bfloat16 weights"),
         (8, args[8][:, :, :2], "do not fit"),
         (9, args[9].transpose(2, 3).contiguous().transpose(2, 3), "not contiguous"),
+        (0, args[0][0], "lack a dimension"),
+        (2, args[2][1:], "convolution"),
+        (3, args[3][1:], "its bias"),
+        *((index, args[index][1:], "dt_bias, A, D or norm weight") for index in (4, 5, 6, 7)),
     ):
         changed = [*args[:index], wrong, *args[index + 1 :]]
         with pytest.raises(KernelError, match=message):
             mamba_step(*changed, impl="native")
+    uneven = draw(1, 2, CASES[0][2]._replace(groups=3), 4, torch.float32, True)
+    with pytest.raises(KernelError, match="4 heads do not split into 3 groups"):
+        mamba_step(*uneven, impl="native")

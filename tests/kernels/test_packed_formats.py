@@ -192,6 +192,16 @@ def test_pack_into_by_slices_is_one_packing(monkeypatch: pytest.MonkeyPatch) -> 
         assert torch.equal(panels, own.pack(w.float(), packing))
 
 
+def test_packing_never_writes_beside_its_panels() -> None:
+    w, panels = torch.ones(40, 70), torch.zeros(INT4.shape(40, 70), dtype=torch.uint8)
+    for wrong in (panels[:2], panels[:, 1:].contiguous(), panels.view(torch.int8), panels[0], panels[:0]):
+        with pytest.raises(InputError, match=r"here: int4 of \[40, 70\] needs panels \[3, \d+\] of uint8"):
+            pack_into(wrong, w, INT4, "here")
+    for empty in (w[0], w[:0], w[:, :0], w.long()):
+        with pytest.raises(InputError, match=r"here: only float matrices \[N, K\] are packed"):
+            pack_into(panels, empty, INT4, "here")
+
+
 def test_misuse() -> None:
     with pytest.raises(InputError, match="groups of 32, 64 or 128"):
         grouped_packing(4, 48, torch.float16, False)
@@ -226,6 +236,8 @@ def test_schemes() -> None:
         ({"quant_method": "nemotron_h", "format": "int4", "activations": "int4"}, "activations='int4'"),
         ({"quant_method": "nemotron_h", "format": "int4", "group": 32}, "must have the fields"),
         ({"quant_method": "awq"}, "must have the fields"),
+        ({"quant_method": "nemotron_h", "format": ["int4"]}, r"\['int4'\] is not known"),
+        (True, "one of bf16, int8, int4 or a mapping, got True"),
     ):
         with pytest.raises(ConfigError, match=message):
             scheme(bad)

@@ -9,6 +9,9 @@ import torch
 
 from helpers import tiny_model
 from nemotron_h import NemotronHForCausalLM
+from nemotron_h.errors import InputError
+from nemotron_h.linears import NemotronHLinear
+from nemotron_h.quantization import scheme
 
 IDS = torch.tensor([[5, 7, 11, 13, 2]])
 
@@ -29,3 +32,12 @@ def test_packed_bfloat16_decodes_the_plain_models_bits(tmp_path: Path, dtype: to
             one = plain(ids, past_key_values=one.past_key_values, use_cache=True)
             other = packed(ids, past_key_values=other.past_key_values, use_cache=True)
             assert torch.equal(one.logits, other.logits)
+
+
+def test_a_packed_layer_takes_its_own_width_only() -> None:
+    """The panels of 70 columns have as many bytes as those of 65."""
+    layer = NemotronHLinear(70, 40).packed(scheme("int4"))
+    assert layer(torch.ones(2, 70)).shape == (2, 40)
+    for width in (65, 69, 71):
+        with pytest.raises(InputError, match=r"packed layer of 70 inputs was given x \[2, "):
+            layer(torch.ones(2, width))

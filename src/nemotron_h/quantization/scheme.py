@@ -46,10 +46,12 @@ def scheme(quantization: str | Mapping[str, Any] | Scheme) -> Scheme:
         return quantization
     if isinstance(quantization, str):
         quantization = {"quant_method": METHOD, "format": quantization}
+    if not isinstance(quantization, Mapping):
+        raise ConfigError(f"quantization must be one of {', '.join(OWN)} or a mapping, got {quantization!r}")
     if set(quantization) - _FIELDS or quantization.get("quant_method") != METHOD:
         raise ConfigError(f"quantization_config must have the fields {', '.join(sorted(_FIELDS))}, got {quantization}")
     name = quantization.get("format")
-    if name not in OWN:
+    if not isinstance(name, str) or name not in OWN:
         raise ConfigError(f"quantization {name!r} is not known: use {', '.join(OWN)}")
     floating = OWN[name].floating
     activations: Any = quantization.get("activations", "float32" if floating else "int8")

@@ -28,6 +28,8 @@ def refusal(
     reason = not_plain(projected_BTX, A_H, window_BCK, *weights, *states)
     if reason is not None:
         return reason
+    if projected_BTX.dim() != 3 or conv_weight_CK.dim() != 2:
+        return f"projected {list(projected_BTX.shape)} or convolution {list(conv_weight_CK.shape)} lack a dimension"
     batch, tokens, width = projected_BTX.shape
     if not 1 <= tokens <= TOKENS or batch == 0:
         return f"the kernel takes 1 to {TOKENS} tokens, not {tokens}"
@@ -36,6 +38,13 @@ def refusal(
     expected = (batch, sizes.heads, sizes.head_dim, sizes.state)
     if width != sizes.inner + sizes.channels + sizes.heads or any(state.shape != expected for state in states):
         return f"projected {list(projected_BTX.shape)} and state {list(state_BHPN.shape)} do not fit {sizes}"
+    heads, bias_shape = (sizes.heads,), None if conv_bias_C is None else tuple(conv_bias_C.shape)
+    if not dt_bias_H.shape == A_H.shape == D_H.shape == heads or norm_weight_I.shape != (sizes.inner,):
+        return f"dt_bias, A, D or norm weight do not fit {sizes}"
+    if conv_weight_CK.shape[0] != sizes.channels or bias_shape not in (None, (sizes.channels,)):
+        return f"convolution {list(conv_weight_CK.shape)} or its bias do not fit {sizes}"
+    if sizes.groups < 1 or sizes.heads % sizes.groups:
+        return f"{sizes.heads} heads do not split into {sizes.groups} groups"
     if projected_BTX.dtype not in DTYPE_CODES or window_BCK.dtype != projected_BTX.dtype:
         return f"the kernel takes float32 and bfloat16, window and x alike, not {projected_BTX.dtype}"
     if A_H.dtype != torch.float32 or any(tensor.dtype not in DTYPE_CODES for tensor in (*weights, *states)):

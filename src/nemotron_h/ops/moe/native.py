@@ -29,7 +29,7 @@ def refusal(
         return f"experts {list(up_EFL.shape)} and {list(down_ELF.shape)} do not fit x {list(x_ML.shape)}"
     if x_ML.shape[0] > MOST_ROWS:
         return f"it has more than {MOST_ROWS} tokens"
-    return None
+    return _wrong_stacks(up_EFL, down_ELF, up_bias_EF, down_bias_EL, *up_EFL.shape[1:])
 
 
 def packed_refusal(
@@ -42,10 +42,12 @@ def packed_refusal(
         return reason
     if arithmetic not in ARITHMETIC_CODES:
         return f"arithmetic={arithmetic!r} is not one of {', '.join(ARITHMETIC_CODES)}"
+    if up.dtype != torch.uint8 or down.dtype != torch.uint8:
+        return f"packed experts are uint8, not {up.dtype} and {down.dtype}"
     latent = x_ML.shape[1]
     if up.shape[1:] != packing.shape(width, latent) or down.shape[1:] != packing.shape(latent, width):
         return f"packed experts {list(up.shape)} and {list(down.shape)} do not fit {packing.name} {width} x {latent}"
-    return None
+    return _wrong_stacks(up, down, up_bias_EF, down_bias_EL, width, latent)
 
 
 def _refused(
@@ -60,10 +62,24 @@ def _refused(
         return f"the kernel's activation is relu2, not {activation}"
     if x_ML.dtype not in DTYPE_CODES or x_ML.numel() == 0 or x_ML.dim() != 2:
         return f"the kernel takes float32 and bfloat16 rows, not {x_ML.dtype} {list(x_ML.shape)}"
-    if experts_Mk.dtype != torch.int64 or experts_Mk.shape != weights_Mk.shape or len(experts_Mk) != len(x_ML):
-        return f"experts {experts_Mk.dtype} {list(experts_Mk.shape)} do not fit x {list(x_ML.shape)}"
+    visits = experts_Mk.shape
+    if experts_Mk.dtype != torch.int64 or visits != weights_Mk.shape or visits[:1] != x_ML.shape[:1]:
+        return f"experts {experts_Mk.dtype} {list(visits)} do not fit x {list(x_ML.shape)}"
+    if experts_Mk.dim() != 2 or visits[1] == 0 or not weights_Mk.is_floating_point():
+        return f"the kernel takes ids [M, k] and floating weights, not {list(visits)} and {weights_Mk.dtype}"
     if not up.is_contiguous() or not down.is_contiguous() or up.numel() == 0:
         return "the experts' weights are empty or not contiguous"
+    return None
+
+
+def _wrong_stacks(
+    up: Tensor, down: Tensor, up_bias_EF: Tensor | None, down_bias_EL: Tensor | None, width: int, latent: int
+) -> str | None:
+    if len(up) != len(down):
+        return f"{len(up)} experts' up and {len(down)} experts' down do not fit each other"
+    for bias_EX, outputs in ((up_bias_EF, width), (down_bias_EL, latent)):
+        if bias_EX is not None and bias_EX.shape != (len(up), outputs):
+            return f"bias {list(bias_EX.shape)} must be {[len(up), outputs]}"
     return None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemotron_h.errors import CheckpointError
+from nemotron_h.errors import CheckpointError, InputError
 from nemotron_h.ops import _native, settings, threads
 from nemotron_h.quantization import Packing, own
 
@@ -21,7 +21,13 @@ def pack_into(panels: Tensor, w_NK: Tensor, packing: Packing, where: str = "weig
 
     Raises:
         CheckpointError: `where` holds infinities or NaNs, or, in bf16, values that round to infinity.
+        InputError: panels that are not those of w, or a w without rows or columns.
     """
+    if w_NK.dim() != 2 or w_NK.numel() == 0 or not w_NK.is_floating_point():
+        raise InputError(f"{where}: only float matrices [N, K] are packed, got {list(w_NK.shape)} of {w_NK.dtype}")
+    if panels.dtype != torch.uint8 or panels.shape != packing.shape(*w_NK.shape):
+        needed, got = list(packing.shape(*w_NK.shape)), f"{list(panels.shape)} of {panels.dtype}"
+        raise InputError(f"{where}: {packing.name} of {list(w_NK.shape)} needs panels {needed} of uint8, got {got}")
     elements = SLICE if _has_kernel() else SLICE // 16  # PyTorch needs some thirty intermediate results
     step = max(16, elements // w_NK.shape[1] // 16 * 16)
     for first in range(0, w_NK.shape[0], step):
