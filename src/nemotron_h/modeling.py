@@ -32,12 +32,14 @@ from nemotron_h.linears import NemotronHLinear, activated, empty_packed, widened
 from nemotron_h.ops.activations import activation
 from nemotron_h.ops.attention import attention
 from nemotron_h.ops.causal_conv1d import ConvResult, causal_conv1d
+from nemotron_h.ops.dispatch import not_plain
 from nemotron_h.ops.mamba_step import MambaSizes, step_if_possible
 from nemotron_h.ops.moe import experts, load, packed_experts
 from nemotron_h.ops.norm import gated_rms_norm, rms_norm
 from nemotron_h.ops.pack import pack_into
 from nemotron_h.ops.router import Routing, route
 from nemotron_h.ops.ssd import decay_rate, ssd_in_two, time_step
+from nemotron_h.ops.tracing import tracing
 from nemotron_h.outputs import NemotronHCausalLMOutput, NemotronHModelOutput
 from nemotron_h.points import NemotronHPoint, hooked, in_slots, through, untouched
 from nemotron_h.pretrained import NemotronHPreTrainedModel
@@ -58,6 +60,25 @@ class NemotronHRMSNorm(nn.Module):
         return rms_norm(x_BTD, self.weight, self.eps)
 
     fused = forward
+
+
+class NemotronHEmbedding(nn.Embedding):
+    """`nn.Embedding`; without grad on the calling thread alone.
+
+    PyTorch shares more than `ALONE` elements, which 16 tokens have, with its OpenMP threads, and these then spin for
+    milliseconds on the cores where the kernels' own threads work.
+    """
+
+    ALONE = 2**15
+
+    def forward(self, input_ids: Tensor) -> Tensor:  # type: ignore[override]
+        if tracing() or torch.is_grad_enabled() or self.max_norm is not None or not_plain(input_ids, self.weight):
+            return super().forward(input_ids)
+        out_MD = self.weight.new_empty(input_ids.numel(), self.embedding_dim)
+        rows = max(1, self.ALONE // self.embedding_dim)
+        for ids_M, piece_MD in zip(input_ids.flatten().split(rows), out_MD.split(rows), strict=True):
+            torch.index_select(self.weight, 0, ids_M, out=piece_MD)
+        return out_MD.view(*input_ids.shape, self.embedding_dim)
 
 
 class NemotronHGatedRMSNorm(nn.Module):
@@ -515,7 +536,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
 
     def __init__(self, config: NemotronHConfig) -> None:
         super().__init__(config)
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embeddings = NemotronHEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(NemotronHBlock(config, config.layer(i), i) for i in range(config.num_hidden_layers))
         self.norm_f = NemotronHRMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.gradient_checkpointing = False
