@@ -17,7 +17,7 @@
 namespace nemotron_h {
 
 // Raised whenever a signature below changes; src/nemotron_h/ops/_native.py refuses a library with another number.
-constexpr int interface_version = 4;
+constexpr int interface_version = 5;
 
 // Totally ordered: a CPU that has one level has all the lower ones.
 enum class Level : int { generic = 0, avx2 = 1, avx512 = 2, amx = 3 };
@@ -70,7 +70,7 @@ size_t experts_scratch(size_t M, size_t k, size_t E, size_t L, size_t F, Format 
 // is not finite, or would not be in bfloat16.
 using Pack = bool(const float* w, size_t rows, size_t cols, Format format, void* panels) noexcept;
 
-// The recurrence of Mamba-2 over T ≤ 8 tokens for each of batch × H states of P × N: h = exp(dt·A)·h + (dt·x) ⊗ B,
+// The recurrence of Mamba-2 over T ≤ 16 tokens for each of batch × H states of P × N: h = exp(dt·A)·h + (dt·x) ⊗ B,
 // y = h·C + D·x, float32 inside. Head i uses group i / (H / G); where dt is 0 the state keeps its bits. x: [batch, T, H, P],
 // B and C: [batch, T, G, N], with the strides given and contiguous rows, all of x's dtype. dt: [batch, T, H], A, D: [H],
 // y: [batch, T, H, P], contiguous. state: [batch, H, P, N], contiguous, null for zeros; out_state may be state itself.
@@ -114,6 +114,8 @@ using DecayRate = void(const void* A_log, float* A, size_t H, Dtype dtype) noexc
 
 // causal_conv1d, time_step, ssd_step and gated_rms_norm one after the other, for rows z | x | B | C | dt, contiguous, of
 // batch × T tokens. window: any strides, as in CausalConv1d; new_window, out (batch × T × H·P) and the states: contiguous.
+// inputs, convolved, steps: all null, or where x | B | C before and behind the convolution (batch × T × (H·P + 2·G·N)) and
+// the time steps (batch × T × H) go, for who may want to take tokens back.
 // scratch: 4 · batch · T · (H·P + 2·G·N + H + H·P) + 256 bytes, 64-byte aligned.
 using MambaStep = void(const void* projected, const void* conv_weight, const void* conv_bias, const void* dt_bias,
                        const float* A, const void* D, const void* norm_weight, const void* window, const void* state,
@@ -121,7 +123,7 @@ using MambaStep = void(const void* projected, const void* conv_weight, const voi
                        size_t G, size_t N, size_t K, size_t window_batch, size_t window_channel, size_t window_step,
                        float low, float high, float eps, Dtype dtype, Dtype conv_dtype, Dtype bias_dtype,
                        Dtype dt_bias_dtype, Dtype D_dtype, Dtype norm_dtype, Dtype state_dtype, Dtype out_dtype,
-                       void* scratch) noexcept;
+                       void* inputs, void* convolved, float* steps, void* scratch) noexcept;
 
 // Routing of M tokens among E experts (numerics.md, "Router and MoE"): logits[m, e] = Σ_d x[m, d] · weight[e, d] in
 // float32, in 64 chains; s = sigmoid(logits); top_k experts of the greatest s + bias, within the topk_group best of
@@ -169,13 +171,14 @@ using Sample = int64_t(const float* logits, size_t V, float temperature, size_t 
                        double u, float* scratch) noexcept;
 constexpr size_t sample_scratch(size_t V) { return 2 * V + 32; }
 
-// x + mixer(norm(x)) of whole blocks, for batch × T or `rows` rows of x, contiguous, T ≤ 8: the kernels of their parts
-// one after the other, each rounding to x's dtype as it does by itself. Window, states and new_window: as in MambaStep.
+// x + mixer(norm(x)) of whole blocks, for batch × T or `rows` rows of x, contiguous, T ≤ 16: the kernels of their parts
+// one after the other, each rounding to x's dtype as it does by itself. Window, states, new_window and
+// what is recorded: as in MambaStep.
 // scratch: block_scratch bytes. The router takes D = norm.size; ids that it chooses are always valid.
 using MambaBlockStep = void(const MambaBlock* block, const void* x, Dtype dtype, size_t batch, size_t T, const void* window,
                             size_t window_batch, size_t window_channel, size_t window_step, const void* state,
                             Dtype state_dtype, void* out_state, Dtype out_dtype, void* new_window, void* out,
-                            void* scratch) noexcept;
+                            void* inputs, void* convolved, float* steps, void* scratch) noexcept;
 // Attention's block comes in two: norm and the projections of x, and the projection back added to x. Between them the cache
 // takes keys and values, and `attention` runs.
 using AttentionInputs = void(const AttentionBlock* block, const void* x, Dtype dtype, size_t rows, void* q, void* k, void* v,

@@ -57,7 +57,8 @@ void add_rows(const void* a, const void* b, void* out, size_t n, Dtype dtype) {
 
 void mamba_block(const MambaBlock* block, const void* x, Dtype dtype, size_t batch, size_t T, const void* window,
                  size_t window_batch, size_t window_channel, size_t window_step, const void* state, Dtype state_dtype,
-                 void* out_state, Dtype out_dtype, void* new_window, void* out, void* scratch) noexcept {
+                 void* out_state, Dtype out_dtype, void* new_window, void* out, void* inputs, void* convolved,
+                 float* steps, void* scratch) noexcept {
     const MambaBlock& b = *block;
     const size_t rows = batch * T, size = size_of(dtype), inner = b.H * b.P;
     Pieces pieces{static_cast<char*>(scratch)};
@@ -73,7 +74,8 @@ void mamba_block(const MambaBlock* block, const void* x, Dtype dtype, size_t bat
                new_window, batch, T, b.H, b.P, b.G, b.N, b.K, window_batch, window_channel, window_step,
                static_cast<float>(b.low), static_cast<float>(b.high), static_cast<float>(b.eps), dtype,
                static_cast<Dtype>(b.conv_dtype), static_cast<Dtype>(b.bias_dtype), static_cast<Dtype>(b.dt_bias_dtype),
-               static_cast<Dtype>(b.D_dtype), static_cast<Dtype>(b.norm_dtype), state_dtype, out_dtype, pieces.at);
+               static_cast<Dtype>(b.D_dtype), static_cast<Dtype>(b.norm_dtype), state_dtype, out_dtype, inputs,
+               convolved, steps, pieces.at);
     product(b.out_proj, gated, dtype, rows, Activation::none, hidden, pieces.at);
     add_rows(x, hidden, out, rows * b.norm.size, dtype);
 }

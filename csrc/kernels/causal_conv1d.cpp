@@ -20,7 +20,7 @@ namespace {
 
 constexpr size_t block = 8 * lanes;     // channels handed out to a thread at a time
 constexpr size_t token_block = 64;      // and tokens, of one row or of several short ones
-constexpr size_t small_call = 1 << 14;  // products of a call that is not worth a second thread
+constexpr size_t small_call = 1 << 12;  // products of a call that is not worth a second thread
 
 struct Problem {
     const void *x, *weight, *bias, *window;

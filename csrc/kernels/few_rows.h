@@ -1,9 +1,12 @@
 // The product of two panels with 2 to 16 rows of activations: drafted tokens, a small batch, an expert's few visitors.
 //
-// product.h spends two instructions per row and 32 k on multipliers and reads each activation once per panel; slabs
-// (many_rows.h) are unpacked into memory first, which too few rows pay for. Here 128 k (or a group) of two panels are
-// taken apart in registers and met by up to 8 rows at once: 16 sums, and an activation serves two products. Four rows
-// take 1.1 times as long as memory needs, eight 1.8 times; the next eight find 512 k of both panels in the first cache.
+// product.h reads each activation once per panel; slabs (many_rows.h) are unpacked into memory first, which too few rows
+// pay for. Here 128 k (or a group) of two panels are taken apart in registers and met by up to 8 rows at once: 16 sums,
+// and an activation serves two products. Four rows take 1.05 times as long as memory needs, eight 1.8 times; the next
+// eight find 512 k of both panels in the first cache.
+//
+// The multipliers of int4 can meet the weights (`times`: three instructions for a vector of nibbles, however many rows
+// follow) or, as in product.h, the sums over 32 k (two for each row). Up to 4 rows the second is less work.
 //
 // With few rows the bound is latency: a product waits five cycles for the one before it in its sum, and the processor
 // finishes two a cycle, so up to 4 rows split each sum in two.
@@ -62,6 +65,16 @@ inline void dots_32(const uint8_t* const* values, const uint8_t* const* ahead, c
     }
 }
 
+// What is fetched while both panels are read from `values` on. Behind the end of a panel follows the beginning of the one
+// after the other panel, read next.
+inline void point_ahead(const uint8_t* const* values, const uint8_t* panel, const PanelLayout& layout, size_t distance,
+                        const uint8_t** ahead) {
+    for (size_t p = 0; p < pair_panels; ++p) {
+        ahead[p] = values[p] + distance;
+        if (ahead[p] >= panel + (p + 1) * layout.bytes) ahead[p] += (pair_panels - 1) * layout.bytes;
+    }
+}
+
 // Columns first .. end of two panels, whole groups but for the matrix's last. acc: [row][panel][16].
 template <size_t R, bool four, bool own, bool has_min>
 void pair_columns(const Weights& w, const uint8_t* panel, const PanelLayout& layout, size_t first, size_t end,
@@ -86,12 +99,8 @@ void pair_columns(const Weights& w, const uint8_t* panel, const PanelLayout& lay
                 for (size_t p = 0; p < pair_panels; ++p)
                     m[p] = multiplier<true>(
                         multipliers(panel + p * layout.bytes, layout, k / chunk_cols, k / multiplier_cols % 2));
-            // Behind the end of a panel follows the beginning of the one after the other panel, read next.
             const uint8_t* ahead[pair_panels];
-            for (size_t p = 0; p < pair_panels; ++p) {
-                ahead[p] = values[p] + read_ahead;
-                if (ahead[p] >= panel + (p + 1) * layout.bytes) ahead[p] += (pair_panels - 1) * layout.bytes;
-            }
+            point_ahead(values, panel, layout, read_ahead, ahead);
             dots_32<R, four, own>(values, ahead, m, x.q, k, fetch, dot);
             for (size_t p = 0; p < pair_panels; ++p) values[p] += four ? 256 : 512;
             k += sum_cols;
@@ -114,6 +123,72 @@ void pair_columns(const Weights& w, const uint8_t* panel, const PanelLayout& lay
     }
 }
 
+// The sums over 32 k of both panels' nibbles with R rows, 8 off each nibble by way of the sums of the activations. They
+// begin anew every 32 k, so the processor works on the next ones while these wait for their last product.
+template <size_t R>
+inline void nibbles_32(const uint8_t* const* values, const uint8_t* const* ahead, const RowPointers& x, size_t k,
+                       i32x16 (&dot)[R][pair_panels]) {
+    for (size_t r = 0; r < R; ++r) {
+        const i32x16 start = fill_int(-8 * x.sums[r][k / sum_cols]);
+        for (size_t p = 0; p < pair_panels; ++p) dot[r][p] = start;
+    }
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 4; ++i) {
+        bytes64 low[pair_panels], high[pair_panels];
+        for (size_t p = 0; p < pair_panels; ++p) {
+            prefetch(ahead[p] + 64 * i);
+            const bytes64 w = load_bytes(values[p] + 64 * i);
+            low[p] = low_nibbles(w), high[p] = high_nibbles(w);
+        }
+        for (size_t r = 0; r < R; ++r) {
+            const int32_t four = quad(x.q[r] + k + 8 * i);
+            for (size_t p = 0; p < pair_panels; ++p) dot[r][p] = dot_nibbles(dot[r][p], low[p], four);
+        }
+        for (size_t r = 0; r < R; ++r) {
+            const int32_t four = quad(x.q[r] + k + 8 * i + 4);
+            for (size_t p = 0; p < pair_panels; ++p) dot[r][p] = dot_nibbles(dot[r][p], high[p], four);
+        }
+    }
+}
+
+// pair_columns for own int4 and up to 4 rows, whose multipliers meet the sums.
+template <size_t R>
+void own4_columns(const Weights&, const uint8_t* panel, const PanelLayout& layout, size_t first, size_t end,
+                  const RowPointers& x, bool, float* acc) {
+    // Two streams at once, neither held up by arithmetic: each is fetched less far ahead, or the first cache overflows.
+    const size_t distance = read_ahead / 192 * 128;
+    const uint8_t* values[pair_panels];
+    for (size_t p = 0; p < pair_panels; ++p) values[p] = panel + p * layout.bytes + layout.values + first * panel_rows / 2;
+    f32x16 y[R][pair_panels];
+    for (size_t r = 0; r < R; ++r)
+        for (size_t p = 0; p < pair_panels; ++p) y[r][p] = load(acc + (r * pair_panels + p) * lanes);
+    for (size_t begin = first; begin < end; begin += block_cols) {
+        const size_t stop = begin + block_cols < end ? begin + block_cols : end, block = begin / block_cols;
+        i32x16 total[R][pair_panels];
+        for (size_t r = 0; r < R; ++r)
+            for (size_t p = 0; p < pair_panels; ++p) total[r][p] = fill_int(0);
+        for (size_t k = begin; k < stop; k += multiplier_cols) {
+            const uint8_t* ahead[pair_panels];
+            point_ahead(values, panel, layout, distance, ahead);
+            i32x16 dot[R][pair_panels];
+            nibbles_32<R>(values, ahead, x, k, dot);
+            for (size_t p = 0; p < pair_panels; ++p) {
+                const uint8_t* at = panel + p * layout.bytes;
+                const i32x16 m = multipliers(at, layout, k / chunk_cols, k / multiplier_cols % 2);
+                for (size_t r = 0; r < R; ++r) total[r][p] = add(total[r][p], mul_short(dot[r][p], m));
+                values[p] += 256;
+            }
+        }
+        for (size_t p = 0; p < pair_panels; ++p) {
+            const f32x16 scale = block_scales(panel + p * layout.bytes + layout.scales + block * panel_rows);
+            for (size_t r = 0; r < R; ++r)
+                y[r][p] = fma(to_float(total[r][p]), mul(fill(x.scales[r][block]), scale), y[r][p]);
+        }
+    }
+    for (size_t r = 0; r < R; ++r)
+        for (size_t p = 0; p < pair_panels; ++p) store(acc + (r * pair_panels + p) * lanes, y[r][p]);
+}
+
 using PairColumns = void(const Weights&, const uint8_t*, const PanelLayout&, size_t, size_t, const RowPointers&, bool,
                          float*);
 
@@ -121,7 +196,9 @@ template <size_t R>
 inline PairColumns* pair_kernel(Format format) {
     switch (format) {
         case Format::int8: return pair_columns<R, false, true, false>;
-        case Format::int4: return pair_columns<R, true, true, false>;
+        case Format::int4:
+            if constexpr (R <= 4) return own4_columns<R>;
+            else return pair_columns<R, true, true, false>;
         case Format::grouped8: return pair_columns<R, false, false, false>;
         case Format::grouped4: return pair_columns<R, true, false, false>;
         case Format::grouped8_min: return pair_columns<R, false, false, true>;

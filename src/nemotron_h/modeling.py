@@ -197,11 +197,16 @@ class NemotronHMamba2Mixer(nn.Module):
         args = (
             projected, sizes, self.conv1d.weight[:, 0], self.conv1d.bias, self.dt_bias, A_H, self.D,
             self.norm.weight, cache.conv_states, cache.recurrent_states, cache.buffer(layout),
+            cache.record_past,
         )  # fmt: skip
         step = step_if_possible(*args)
         if step is None:
             return None
         cache.update(step.window, cache.at_rest(step.final_state))
+        if step.inputs is not None and step.convolved is not None and step.steps is not None:
+            recorded = step.inputs, step.convolved, step.steps
+            taken = caches.Step.of(recorded, A_H, self.n_groups, self.ssm_state_size)
+            cache.record(taken, 0, cache.recurrent_states)
         return step.output
 
     def _is_watched(self) -> bool:

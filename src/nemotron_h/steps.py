@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from nemotron_h.cache import MambaLayer
+from nemotron_h.cache import MambaLayer, Step
 from nemotron_h.layout import Layout
 from nemotron_h.ops import _native, settings
 from nemotron_h.ops.activations import activation
@@ -30,7 +30,9 @@ from nemotron_h.ops.causal_conv1d.native import TAPS
 from nemotron_h.ops.dispatch import DTYPE_CODES, not_plain
 from nemotron_h.ops.linear.native import ARITHMETIC_CODES
 from nemotron_h.ops.linear.native import MOST_ROWS as MOST_PLAIN_ROWS
+from nemotron_h.ops.mamba_step.native import record_buffers
 from nemotron_h.ops.router.native import MOST_EXPERTS
+from nemotron_h.ops.ssd import decay_rate
 from nemotron_h.ops.ssd.native import STATES
 from nemotron_h.points import untouched
 
@@ -258,8 +260,11 @@ def _mamba(parts: _Parts, norm: Norm, mixer: Any) -> Callable[..., Tensor | None
         window_BCW, state_BHPN, out_state = cache.conv_states, cache.recurrent_states, cache.buffer(layout)
         if out_state is None or not _fit(x_BTD, window_BCW, state_BHPN, shapes):
             return None
-        y_BTD, window, final = block.step(x_BTD, window_BCW, state_BHPN, out_state)
-        cache.update(window, final)
+        recorded = record_buffers(x_BTD, x_BTD.shape[0], x_BTD.shape[1], channels, heads) if cache.record_past else ()
+        y_BTD, window = block.step(x_BTD, window_BCW, state_BHPN, out_state, recorded)
+        cache.update(window, out_state)
+        if recorded:
+            cache.record(Step.of(recorded, decay_rate(mixer.A_log), groups, state), 0, state_BHPN)
         return y_BTD
 
     return run

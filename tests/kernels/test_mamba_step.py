@@ -25,7 +25,7 @@ from nemotron_h.steps import BlockStep
 CASES = [
     (1, 1, MambaSizes(4, 8, 2, 16, (0.0, float("inf")), 1e-5), 4, torch.bfloat16),
     (3, 2, MambaSizes(6, 5, 3, 12, (0.01, 0.5), 1e-5), 2, torch.float32),
-    (2, 8, MambaSizes(2, 80, 1, 96, (0.0, float("inf")), 1e-6), 5, torch.bfloat16),
+    (2, 16, MambaSizes(2, 80, 1, 96, (0.0, float("inf")), 1e-6), 5, torch.bfloat16),
     (1, 3, MambaSizes(8, 1, 8, 1, (0.0, float("inf")), 1e-5), 4, torch.float32),
 ]
 
@@ -159,7 +159,7 @@ def test_refusals() -> None:
     for index, wrong, message in (
         (0, args[0][:, :, :-1].contiguous(), "do not fit"),
         (0, args[0].half(), "takes float32 and bfloat16"),
-        (0, args[0].expand(1, 2, -1).repeat(1, 5, 1), "1 to 8 tokens, not 10"),
+        (0, args[0].expand(1, 2, -1).repeat(1, 9, 1), "1 to 16 tokens, not 18"),
         (5, args[5].bfloat16(), "takes float32 and bfloat16 weights"),
         (8, args[8][:, :, :2], "do not fit"),
         (9, args[9].transpose(2, 3).contiguous().transpose(2, 3), "not contiguous"),

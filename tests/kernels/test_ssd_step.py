@@ -231,7 +231,7 @@ def test_the_reference_is_the_recurrence(tokens: int, start: bool) -> None:
 def refused() -> dict[str, tuple[Any, ...]]:
     x, dt, A, B, C, D, state = case(2, 3, 4, 5, 2, 7)
     wide = case(2, 3, 4, 5, 2, 600)
-    long = case(2, 9, 4, 5, 2, 7)
+    long = case(2, 17, 4, 5, 2, 7)
     return {
         "requires grad": (x, dt, A, B, C, nn.Parameter(D), state, None),
         "meta": (*(t.to("meta") for t in (x, dt, A, B, C, D, state)), None),
@@ -244,7 +244,7 @@ def refused() -> dict[str, tuple[Any, ...]]:
         "and torch.bfloat16$|and torch.bfloat16\\.": (x, dt, A.bfloat16(), B, C, D, state, None),
         "must have 4 dimensions": (x[0], dt, A, B, C, D, state, None),
         "x or B is empty": (x[:0], dt[:0], A, B[:0], C[:0], D, state[:0], None),
-        "at most 8 tokens, not 9": (*long, None),
+        "at most 16 tokens, not 17": (*long, None),
         "at most 512, not 600": (*wide, None),
         "4 heads do not split into 3 groups": (x, dt, A, B[:, :, [0, 1, 1]], C[:, :, [0, 1, 1]], D, state, None),
         r"dt \[2, 2, 4\] does not fit x": (x, dt[:, :2], A, B, C, D, state, None),
@@ -302,11 +302,11 @@ def test_which_form_runs(environment: Callable[..., None], monkeypatch: pytest.M
 
     kernel, step, scan = "ssd_step native", "ssd_step reference", "ssd_chunk_scan reference"
     chunks = scan if _native.emulates() else "ssd_chunk_scan native"
-    assert [run(tokens) for tokens in (1, 2, 8, 9)] == [kernel, kernel, kernel, chunks]
+    assert [run(tokens) for tokens in (1, 2, 16, 17)] == [kernel, kernel, kernel, chunks]
     assert [run(tokens, "reference") for tokens in (1, 2, 9)] == [step, scan, scan]
-    assert [run(tokens, "native") for tokens in (1, 8)] == [kernel, kernel]
+    assert [run(tokens, "native") for tokens in (1, 16)] == [kernel, kernel]
     with pytest.raises(KernelError, match=r"ssd_chunk_scan: .* requires grad"):
-        run(9, "native", D=torch.ones(4, requires_grad=True))
+        run(17, "native", D=torch.ones(4, requires_grad=True))
     with pytest.raises(KernelError, match=r"ssd_step: .* requires grad"):
         run(4, "native", D=torch.ones(4, requires_grad=True))
     documents = torch.zeros(2, 3, dtype=torch.long)

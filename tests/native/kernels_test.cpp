@@ -566,11 +566,13 @@ void mamba_step() {
         Values norm(inner, dtype), window(C * (K - 1), dtype), state(H * P * N, Dtype::float32);
         Values A(H, Dtype::float32, 0.4f, -1.0f);
         Output out(T * inner, dtype), left(H * P * N, Dtype::float32), kept((K - 1) * C, dtype);
+        Output inputs(T * C, dtype), convolved(T * C, dtype);
+        Array<float> steps(T * H);
         Array<uint8_t> scratch(4 * T * (C + H + inner) + 256);
         kernels.mamba_step(in.data(), conv.data(), conv_bias.data(), dt_bias.data(), A.f(), D.data(), norm.data(),
                            window.data(), state.data(), left.data(), out.data(), kept.data(), 1, T, H, P, G, N, K,
                            C * (K - 1), K - 1, 1, 0.001f, 5.0f, 1e-5f, dtype, dtype, dtype, dtype, dtype, dtype,
-                           Dtype::float32, Dtype::float32, scratch.get());
+                           Dtype::float32, Dtype::float32, inputs.data(), convolved.data(), steps.get(), scratch.get());
 
         const auto at = [&](const void* p, size_t elements) { return static_cast<const char*>(p) + elements * wide; };
         Output xBC(T * C, dtype), window_after(kept.halves.size, dtype), after(H * P * N, Dtype::float32);
@@ -594,6 +596,7 @@ void mamba_step() {
         compare(with("mamba_step", dtype), out, values(expected), 0);
         compare(with("mamba_step window", dtype), kept, values(window_after), 0);
         compare(with("mamba_step state", dtype), left, values(after), 0);
+        compare(with("mamba_step convolved", dtype), convolved, values(xBC), 0);
     }
 }
 

@@ -32,6 +32,15 @@ class Step(NamedTuple):
     B_BTGN: Tensor
     valid_BT: Tensor | None  # of the pass's slots, not compacted
 
+    @classmethod
+    def of(cls, recorded: tuple[Tensor, Tensor, Tensor], A_H: Tensor, groups: int, state: int) -> Step:
+        """Of a pass without padding: inputs [B, T, C] of the convolution, its outputs x | B | C, and the time steps."""
+        inputs_BTC, convolved_BTC, dt_BTH = recorded
+        inner = convolved_BTC.shape[2] - 2 * groups * state
+        x_BTHP = convolved_BTC[..., :inner].unflatten(-1, (dt_BTH.shape[2], -1))
+        B_BTGN = convolved_BTC[..., inner : inner + groups * state].unflatten(-1, (groups, state))
+        return cls(inputs_BTC, x_BTHP, dt_BTH, A_H, B_BTGN, None)
+
     @property
     def slots(self) -> int:
         return self.dt_BTH.shape[1]

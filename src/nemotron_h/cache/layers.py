@@ -232,17 +232,19 @@ class MambaLayer(CacheLayer):
 
     @property
     def steps(self) -> bool:
-        """Whether the layer holds a state to step from, and nobody wants what went into the step."""
-        return self.recurrent_states is not None and self.conv_states is not None and not self.record_past
+        """Whether the layer holds a state to step from."""
+        return self.recurrent_states is not None and self.conv_states is not None
 
     def buffer(self, layout: Layout) -> Tensor | None:
-        """Where this pass may write its final state; None where it must be a tensor of its own: with a journal, which
-        keeps the old state, and under grad, since a graph may hold it."""
+        """Where this pass may write its final state, never the old one: with a journal, which keeps that, memory of its
+        own. None where a kernel must not write: under grad, since a graph may hold the states."""
         state_BHPN = self.recurrent_states
-        if tracing() or self.record_past or state_BHPN is None or layout.tokens > STEP_TOKENS:
+        if tracing() or state_BHPN is None or layout.tokens > STEP_TOKENS:
             return None
         if torch.is_grad_enabled() or not state_BHPN.is_cpu or state_BHPN.dtype != self.state_dtype:
             return None
+        if self.record_past:
+            return torch.empty_like(state_BHPN, memory_format=torch.contiguous_format)
         for buffer in self._buffers:
             if buffer is not state_BHPN and buffer.shape == state_BHPN.shape:
                 return buffer

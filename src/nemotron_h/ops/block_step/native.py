@@ -18,6 +18,7 @@ from torch import Tensor
 from nemotron_h.ops import _native, threads
 from nemotron_h.ops.dispatch import DTYPE_CODES
 from nemotron_h.ops.linear.native import scratch
+from nemotron_h.ops.mamba_step.native import addresses
 
 MOST_ROWS = 32  # of x, in all
 
@@ -74,18 +75,20 @@ class MambaBlock(_Block):
         self._channels, self._window = channels, window
 
     def step(
-        self, x_BTD: Tensor, window_BCW: Tensor, state_BHPN: Tensor, out_state: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(output [B, T, D], window, final state), the last in `out_state`."""
+        self, x_BTD: Tensor, window_BCW: Tensor, state_BHPN: Tensor, out_state: Tensor, recorded: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """(output [B, T, D], window); the final state goes to `out_state`, and what is recorded to `recorded`, empty or
+        from `record_buffers`."""
         batch, tokens, _ = x_BTD.shape
         out_BTD, work = self._out(x_BTD)
         window_BWC = x_BTD.new_empty(batch, self._window, self._channels)
         _native.kernels().mamba_block(
             self.address, x_BTD.data_ptr(), DTYPE_CODES[x_BTD.dtype], batch, tokens, window_BCW.data_ptr(),
             *window_BCW.stride(), state_BHPN.data_ptr(), DTYPE_CODES[state_BHPN.dtype], out_state.data_ptr(),
-            DTYPE_CODES[out_state.dtype], window_BWC.data_ptr(), out_BTD.data_ptr(), work.data_ptr(),
+            DTYPE_CODES[out_state.dtype], window_BWC.data_ptr(), out_BTD.data_ptr(),
+            *addresses(recorded), work.data_ptr(),
         )  # fmt: skip
-        return out_BTD, window_BWC.transpose(1, 2), out_state
+        return out_BTD, window_BWC.transpose(1, 2)
 
 
 class AttentionBlock(_Block):

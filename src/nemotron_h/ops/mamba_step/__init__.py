@@ -8,7 +8,7 @@ Letters: B batch · T tokens · H heads · P head size · I = H·P · G groups �
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -20,11 +20,16 @@ __all__ = ["MambaSizes", "MambaStep", "mamba_step", "step_if_possible"]
 
 
 class MambaStep(NamedTuple):
-    """`output` [B, T, I] in the projection's dtype; `window` [B, C, K-1]; `final_state` [B, H, P, N]."""
+    """`output` [B, T, I] in the projection's dtype; `window` [B, C, K-1]; `final_state` [B, H, P, N]. Where it was
+    asked for, what went into the recurrence: `inputs` [B, T, C] of the convolution, what it made of them (`convolved`:
+    x, B and C), and the time `steps` [B, T, H] in float32."""
 
     output: Tensor
     window: Tensor
     final_state: Tensor
+    inputs: Tensor | None = None
+    convolved: Tensor | None = None
+    steps: Tensor | None = None
 
 
 _STEP = dispatch.register("mamba_step", reference.mamba_step, native.mamba_step, native.refusal)
@@ -42,6 +47,7 @@ def mamba_step(
     window_BCK: Tensor,
     state_BHPN: Tensor,
     out_state: Tensor | None = None,
+    record: bool = False,
     *,
     impl: str | None = None,
 ) -> MambaStep:
@@ -51,12 +57,13 @@ def mamba_step(
         A_H: `-exp(A_log)`, float32.
         window_BCK, state_BHPN: What the tokens before left.
         out_state: Memory for the final state, as in `ops.ssd.ssd`.
+        record: Also return `inputs`, `convolved` and `steps`.
     """
-    args = (conv_weight_CK, conv_bias_C, dt_bias_H, A_H, D_H, norm_weight_I, window_BCK, state_BHPN, out_state)
+    args = (conv_weight_CK, conv_bias_C, dt_bias_H, A_H, D_H, norm_weight_I, window_BCK, state_BHPN, out_state, record)
     return MambaStep(*_STEP(projected_BTX, sizes, *args, impl=impl))
 
 
-def step_if_possible(projected_BTX: Tensor, sizes: MambaSizes, *args: Tensor | None) -> MambaStep | None:
+def step_if_possible(projected_BTX: Tensor, sizes: MambaSizes, *args: Any) -> MambaStep | None:
     """`mamba_step` by its kernel; None where that cannot take the call, and the mixer calls the five ops itself."""
     call = (projected_BTX, sizes, *args)
     return MambaStep(*_STEP.run(*call)) if _STEP.why_reference(call, None) is None else None

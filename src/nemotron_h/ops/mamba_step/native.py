@@ -19,6 +19,7 @@ from nemotron_h.ops.ssd.native import STATES, TOKENS
 def refusal(
     projected_BTX: Tensor, sizes: MambaSizes, conv_weight_CK: Tensor, conv_bias_C: Tensor | None, dt_bias_H: Tensor,
     A_H: Tensor, D_H: Tensor, norm_weight_I: Tensor, window_BCK: Tensor, state_BHPN: Tensor, out_state: Tensor | None,
+    record: bool = False,
 ) -> str | None:  # fmt: skip
     """Why the kernel cannot take these arguments; None when it can."""
     weights = (conv_weight_CK, dt_bias_H, D_H, norm_weight_I) if conv_bias_C is None else (
@@ -61,8 +62,8 @@ def refusal(
 def mamba_step(
     projected_BTX: Tensor, sizes: MambaSizes, conv_weight_CK: Tensor, conv_bias_C: Tensor | None, dt_bias_H: Tensor,
     A_H: Tensor, D_H: Tensor, norm_weight_I: Tensor, window_BCK: Tensor, state_BHPN: Tensor, out_state: Tensor | None,
-    level: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    record: bool = False, level: str | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """See `nemotron_h.ops.mamba_step.mamba_step`; valid only where `refusal` is None."""
     batch, tokens, _ = projected_BTX.shape
     taps = conv_weight_CK.shape[1]
@@ -70,6 +71,7 @@ def mamba_step(
     window_BKC = projected_BTX.new_empty(batch, taps - 1, sizes.channels)
     out = torch.empty_like(state_BHPN, dtype=torch.float32) if out_state is None else out_state
     bias, bias_dtype = (0, torch.float32) if conv_bias_C is None else (conv_bias_C.data_ptr(), conv_bias_C.dtype)
+    recorded = record_buffers(projected_BTX, batch, tokens, sizes.channels, sizes.heads) if record else ()
     threads.sync()
     work = scratch(4 * batch * tokens * (sizes.channels + sizes.heads + sizes.inner) + 256)
     _native.kernels(level).mamba_step(
@@ -81,6 +83,20 @@ def mamba_step(
             projected_BTX.dtype, conv_weight_CK.dtype, bias_dtype, dt_bias_H.dtype, D_H.dtype, norm_weight_I.dtype,
             state_BHPN.dtype, out.dtype,
         )),
-        work.data_ptr(),
+        *addresses(recorded), work.data_ptr(),
     )  # fmt: skip
-    return output_BTI, window_BKC.transpose(1, 2), out
+    return output_BTI, window_BKC.transpose(1, 2), out, *recorded
+
+
+def record_buffers(like: Tensor, batch: int, tokens: int, channels: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for `inputs`, `convolved` and `steps` of a recorded step, in the dtype and on the device of `like`."""
+    wide = like.new_empty(batch, tokens, channels), like.new_empty(batch, tokens, channels)
+    return *wide, like.new_empty(batch, tokens, heads, dtype=torch.float32)
+
+
+def addresses(recorded: tuple[Tensor, ...]) -> tuple[int, int, int]:
+    """What the kernel takes for them; zeros for none."""
+    if not recorded:
+        return 0, 0, 0
+    inputs_BTC, convolved_BTC, steps_BTH = recorded
+    return inputs_BTC.data_ptr(), convolved_BTC.data_ptr(), steps_BTH.data_ptr()

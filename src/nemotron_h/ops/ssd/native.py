@@ -10,7 +10,7 @@ from torch import Tensor
 from nemotron_h.ops import _native, threads
 from nemotron_h.ops.dispatch import DTYPE_CODES, not_plain
 
-TOKENS = 8  # csrc/kernels/ssd_step.cpp: max_tokens
+TOKENS = 16  # csrc/kernels/ssd_step.cpp: max_tokens
 STATES = 512  # its max_states
 SCAN_STATES = 256  # csrc/kernels/ssd_scan.cpp: max_states
 
