@@ -4,10 +4,17 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 JOBS ?= 2
 OLDEST := transformers==5.20.0
+# What goes through transformers. Left out: our own reader and writer of checkpoints, packing, scoring, and the notebooks,
+# whose calls are those of other tests.
+HABITS := tests/habits tests/loading tests/model/test_static_cache.py \
+	$(patsubst %,--ignore=tests/habits/test_%.py,cli_eval evaluation info_memory notebooks safetensors_tools) \
+	$(patsubst %,--ignore=tests/loading/test_%.py,damaged_directories loading_memory name_spellings \
+		packed_checkpoints strictness)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STATUS := $(BIN)/python -c "from nemotron_h.ops import _native as n; print(n.why_missing() or 'C++ kernels: ' + n.level())"
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/kernels/*.cpp)
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
@@ -17,7 +24,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 help:
 	@echo "make demo      write some text with the model that ships with the package"
 	@echo "make test      the test suite"
-	@echo "make oldest    the tests of transformers' habits against the oldest transformers that we promise"
+	@echo "make oldest    the tests of what goes through transformers, against the oldest transformers that we promise"
 	@echo "make campaign  the tests that take minutes"
 	@echo "make check     linters, types, import rules, file lengths, README's tree"
 	@echo "make check-kernels  the suites that run the model, the reference beside every kernel"
@@ -31,11 +38,11 @@ demo: $(INSTALLED)
 	$(BIN)/nemotron-h generate "Elizabeth" --seed 1 --ignore-eos
 
 test: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(PYTEST)
 
 oldest: $(INSTALLED_DEV)
 	$(PIP) install -q --no-deps --upgrade --target $(VENV)/oldest $(OLDEST)
-	PYTHONPATH=$(abspath $(VENV)/oldest) $(BIN)/python -m pytest -n $(JOBS) tests/habits tests/loading tests/model/test_static_cache.py
+	PYTHONPATH=$(abspath $(VENV)/oldest) $(PYTEST) $(HABITS)
 
 campaign: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -m campaign
@@ -49,7 +56,7 @@ check: $(INSTALLED_DEV)
 	$(BIN)/python tools/readme_tree.py
 
 check-kernels: $(INSTALLED_DEV)
-	NEMOTRON_H_CHECK=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels tests/model tests/generation tests/hackable
+	NEMOTRON_H_CHECK=1 $(PYTEST) tests/kernels tests/model tests/generation tests/hackable
 
 sanitize: $(INSTALLED_DEV)
 	$(PIP) install -q "scikit-build-core>=0.11" "nanobind>=2.4" cmake ninja

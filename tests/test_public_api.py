@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import fresh
 import nemotron_h
 from nemotron_h import errors
 
@@ -131,7 +132,7 @@ register()
 ours = AutoConfig.for_model("nemotron_h").__class__.__module__
 print(json.dumps([before, plain, ours, transformers.NemotronHConfig.__module__, dtype, grad]))
 """
-    before, plain, ours, after, dtype, grad = python(code)
+    before, plain, ours, after, dtype, grad = json.loads(fresh.python(code).stdout)
     assert before == plain == after == "transformers.models.nemotron_h.configuration_nemotron_h"
     assert ours == "nemotron_h.configuration"
     assert (dtype, grad) == ("torch.float32", True)

@@ -1,20 +1,18 @@
 """`register()` and what stands behind it: Auto classes, pipelines, adapters with `backbone.` in their keys."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import fresh
 from helpers import tiny_model
 from nemotron_h import LLM, SamplingParams, demo_model
 
 
 def case(name: str, directory: Path) -> Any:
-    script = Path(__file__).parent / "auto_cases.py"
-    done = subprocess.run([sys.executable, str(script), name, str(directory)], capture_output=True, text=True)
+    done = fresh.python(Path(__file__).parent / "auto_cases.py", name, str(directory))
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 

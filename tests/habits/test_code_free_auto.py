@@ -1,12 +1,10 @@
 """Auto classes, tokenizers, pipelines and LLM of a hostile directory: an audit hook sees nothing of it run."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 from helpers import tiny_model
 from nemotron_h import demo_model
 
@@ -68,9 +66,7 @@ def test_a_hostile_directory_runs_nothing(tmp_path: Path) -> None:
     for file, extra in (("config.json", config), ("tokenizer_config.json", tokenizer)):
         values = json.loads((hostile / file).read_text())
         (hostile / file).write_text(json.dumps(values | extra))
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    run = [sys.executable, "-c", SCRIPT, str(hostile), str(benign)]
-    done = subprocess.run(run, capture_output=True, text=True, env=environment)
+    done = fresh.python(SCRIPT, str(hostile), str(benign))
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["found"] == []

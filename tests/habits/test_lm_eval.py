@@ -1,8 +1,6 @@
 """lm-eval with our model in its HFLM, and with our LLM as a model of its own: the same answers."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+import fresh
 from nemotron_h import LLM, InputError, MissingDependencyError, UnsupportedError, demo_model
 from nemotron_h.evaluation.harness import NemotronHLM
 from nemotron_h.evaluation.tasks import run_tasks
@@ -189,6 +188,6 @@ def test_without_lm_eval() -> None:
         "try: run_tasks(llm, ['x'])\n"
         "except MissingDependencyError as error: print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = fresh.python(script)
     assert "pip install 'nemotron-h[eval]'" in done.stdout, done.stderr
     assert issubclass(MissingDependencyError, ImportError)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from hub_stand_in import running_hub
 from peft_cases import adapted, build, logits, saved, without
 
+import fresh
 from helpers import assert_close
 from nemotron_h import ModelNotFoundError, load_adapter, lora_targets
 from nemotron_h.adapters import export_adapter
@@ -64,12 +66,8 @@ print(json.dumps(results))
 """
 
 
-def run(code: str, *arguments: str, **environment: str) -> Any:
-    """What a fresh interpreter prints last, as JSON."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *arguments],
-        capture_output=True, text=True, timeout=120, env=os.environ | environment,
-    )  # fmt: skip
+def answer(done: CompletedProcess[str]) -> Any:
+    """What it printed last, as JSON."""
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -84,7 +82,7 @@ def test_plain_peft_in_a_fresh_process(tmp_path: Path) -> None:
         export_adapter(source, tmp_path / name) if name == "inner" else saved(source, tmp_path / name)
         with torch.no_grad():
             expected[name] = source(ids).logits.double()
-    results = run(UNTOUCHED, str(tmp_path), json.dumps(ids.tolist()), HF_HUB_OFFLINE="1")
+    results = answer(fresh.python(UNTOUCHED, str(tmp_path), json.dumps(ids.tolist())))
     for name, of in {"plain": "inner", "in context": "all", "load_adapter": "all", "registered": "all"}.items():
         assert_close(torch.tensor(results[name], dtype=torch.float64), expected[of], name, bound=1e-5)
     assert results["saved"] == results["base"]  # a fresh adapter has B = 0
@@ -122,7 +120,7 @@ print(json.dumps([imported, found, targets, len(LLM(model).generate([[1, 2]], No
 
 
 def test_without_peft() -> None:
-    imported, errors, targets, answers = run(WITHOUT)
+    imported, errors, targets, answers = answer(fresh.python(WITHOUT))
     assert not imported
     assert errors == ["adapters need PEFT: pip install 'nemotron-h[peft]'"] * 5
     modules = ["model.layers.0.mixer.in_proj", "model.layers.0.mixer.out_proj", "lm_head"]
@@ -163,11 +161,12 @@ def test_adapters_from_a_hub(tmp_path: Path) -> None:
         hub.add("me/adapter", tmp_path / "repository").add(tmp_path / "v1", "v1")
         hub.add("me/pickle", tmp_path / "pickle")
         hub.add("me/truncated", tmp_path / "v1", broken="truncated")
-        results = run(
-            FROM_HUB, str(tmp_path / "model"), json.dumps(ids.tolist()),
-            HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0", HF_HUB_DISABLE_TELEMETRY="1",
-            HF_TOKEN="x",
+        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": "x"}
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", FROM_HUB, str(tmp_path / "model"), json.dumps(ids.tolist())],
+            capture_output=True, text=True, timeout=120, env=os.environ | own | {"HF_HUB_DISABLE_TELEMETRY": "1"},
         )  # fmt: skip
+        results = answer(done)
         fetched = hub.files("me/pickle")
     for found, name in zip([*results[:3], results[5]], ["main", "inner", "v1", "main"], strict=True):
         with torch.no_grad():

@@ -1,7 +1,7 @@
 """Importing this package changes nothing in transformers; `register()` does, as far as it says; nothing of
 transformers' own nemotron_h is needed.
 
-The scripts run in a fresh process, where nothing has been imported before.
+The scripts run in a fresh process, where nothing of this package has been imported before.
 """
 
 import importlib
@@ -12,7 +12,9 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from subprocess import CompletedProcess
 
+import fresh
 import nemotron_h
 from helpers import tiny_model
 
@@ -62,10 +64,7 @@ SNAPSHOT = """
 """
 
 
-def run(script: str, *arguments: str) -> str:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+def printed(result: CompletedProcess[str]) -> str:
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -87,7 +86,7 @@ def test_importing_changes_nothing() -> None:
         changed = {key for key in before if snapshot()[key] != before[key]}
         print(sorted(changed))
     """
-    changed = run(textwrap.dedent(SNAPSHOT) + textwrap.dedent(script))
+    changed = printed(fresh.python(textwrap.dedent(SNAPSHOT) + textwrap.dedent(script)))
     assert changed.strip() == "['causal models', 'configs', 'models', 'own conversions']", (
         "the snapshot sees what register() does, no more"
     )
@@ -129,7 +128,7 @@ def test_register(tmp_path: Path) -> None:
         small = transformers.NemotronHConfig(hidden_size=8, vocab_size=8, layers_block_type=["mlp"])
         assert type(NemotronHForCausalLM(small)) is theirs
     """
-    run(script, str(tmp_path))
+    printed(fresh.python(script, str(tmp_path)))
 
 
 def test_without_transformers_own_nemotron_h(tmp_path: Path) -> None:
@@ -164,7 +163,9 @@ def test_without_transformers_own_nemotron_h(tmp_path: Path) -> None:
         except ImportError:
             print("blocked")
     """
-    assert run(script, str(tmp_path)).strip() == "blocked"
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert printed(result).strip() == "blocked"
 
 
 def test_no_class_inherits_from_a_model_of_transformers() -> None:
