@@ -1,7 +1,8 @@
-"""Run by test_loading_memory.py: `python measured_load.py DIR DTYPE` saves and loads a model of about 200 MB.
+"""Run by test_loading_memory.py: `python measured_load.py DIR DTYPE ...` saves a model of about 200 MB and loads it in
+each dtype.
 
-Prints as JSON, in bytes: the weights, the largest tensor of the files, and the peak of anonymous memory (RssAnon, what
-only this process holds; mapped file pages do not count) above the start while loading, and while saving.
+Prints as JSON, in bytes: the weights of each dtype, the largest tensor of the files, and the peak of anonymous memory
+(RssAnon, what only this process holds; mapped file pages do not count) above the start while loading, and while saving.
 """
 
 import gc
@@ -50,7 +51,7 @@ class Peak:
         return self.peak - self.start
 
 
-directory, dtype = Path(sys.argv[1]), sys.argv[2]
+directory, dtypes = Path(sys.argv[1]), sys.argv[2:]
 config = NemotronHConfig(
     vocab_size=8192, hidden_size=1024, hybrid_override_pattern="EM*E", num_attention_heads=8, num_key_value_heads=2,
     mamba_num_heads=16, mamba_n_groups=2, n_routed_experts=32, moe_intermediate_size=512,
@@ -69,16 +70,19 @@ for tensor in model.state_dict().values():
 with Peak() as saving:
     model.save_pretrained(directory, max_shard_size="60MB")
 del model
-with Peak() as loading:
-    model = NemotronHForCausalLM.from_pretrained(directory, dtype=dtype)
+loaded = {}
+for dtype in dtypes:
+    with Peak() as loading:
+        model = NemotronHForCausalLM.from_pretrained(directory, dtype=dtype)
+    loaded[dtype] = {"weights": sum(t.nbytes for t in model.state_dict().values()), "rise": loading.rise}
+    del model
 files = open_directory(directory)
 print(
     json.dumps(
         {
-            "weights": sum(t.nbytes for t in model.state_dict().values()),
             "largest": max(info.nbytes for info in files.tensors.values()),
             "files": len(files.files),
-            "loading": loading.rise,
+            "loaded": loaded,
             "saving": saving.rise,
         }
     )
