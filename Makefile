@@ -19,7 +19,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/ker
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
-.PHONY: help demo test oldest campaign check check-kernels sanitize aarch64 amx format clean
+.PHONY: help demo test oldest campaign check check-types check-style check-kernels sanitize aarch64 amx format clean
 
 help:
 	@echo "make demo      write some text with the model that ships with the package"
@@ -47,10 +47,14 @@ oldest: $(INSTALLED_DEV)
 campaign: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -m campaign
 
-check: $(INSTALLED_DEV)
+check: check-types check-style
+
+check-types: $(INSTALLED_DEV)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check-style: $(INSTALLED_DEV)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python tools/budget.py
 	$(BIN)/python tools/readme_tree.py
