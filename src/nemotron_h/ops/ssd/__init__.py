@@ -50,7 +50,7 @@ def ssd(
 ) -> SSDResult:
     """`h_t = exp(dt·A)·h_{t-1} + (dt·x_t) ⊗ B_t`, `y_t = h_t·C_t + D·x_t`.
 
-    One token takes the recurrence itself, and so do up to 8 tokens of single documents where its kernel can run, which
+    One token takes the recurrence itself, and so do up to 16 tokens of single documents where its kernel can run, which
     gives them the bits of so many calls with one token; more take the chunked form. The two agree up to rounding.
 
     Args:
