@@ -2,6 +2,9 @@
 
 `torch.set_num_threads`, OMP_NUM_THREADS and `LLM(threads=...)` therefore steer both. More threads than cores would only
 take turns: a region of a few microseconds ends when its last thread has had its turn.
+
+A forked child starts kernel threads of its own. PyTorch's OpenMP does not: once the parent has run it on several
+threads, the child hangs in the first large op, unless it calls `torch.set_num_threads(1)` before (or is spawned).
 """
 
 from __future__ import annotations

@@ -48,6 +48,9 @@ def attention(
     The kernel takes any number of queries and keys, in bounded memory: no [T, S] matrix exists. A row of its result
     depends on its own query and the keys that it sees, bit for bit: not on the level, the number of queries in the
     call, which other ones they are, or what lies in unseen slots.
+    Where its keys lie does count: sums are taken over blocks of 256 slots, which count from slot 0 of `k`, and added
+    in that order. The same keys behind other slots, as of a document in a packed row or a row padded on the left,
+    agree bit for bit only when these are a multiple of 256, and to rounding elsewhere.
 
     Args:
         k_BKSd, v_BKSd: Tensors, any strides as long as a position's d channels are contiguous; or both `Int8Rows`.
