@@ -1,7 +1,7 @@
 """Sizes that fit no block cost at most three times what the tuned ones do, per element; rows no more than fewer rows.
 
 A kernel that falls back to single elements at its edges passes every other test, and is ten times slower on a model of
-its own dimensions. One thread, sizes taken in turns, the least of many rounds: other load on the machine cancels.
+its own dimensions. One thread, its own clock, sizes in turns, the least of many rounds: other load on the machine cancels.
 
 Letters: M rows · N output width · K input width · B batch · T tokens · H heads · P head size · G groups · S keys.
 """
@@ -40,16 +40,16 @@ def primes_near(size: int, count: int) -> list[int]:
 
 
 def least_seconds(runs: list[Run]) -> list[float]:
-    """Of three calls of each run; all runs in turns, 3 to 9 times, as half a second allows."""
+    """Of three calls of each run, by this thread's clock; all runs in turns, 3 to 9 times, as half a second allows."""
     least = [float("inf")] * len(runs)
     begin, rounds = time.perf_counter(), 0
     while rounds < 3 or (rounds < 9 and time.perf_counter() - begin < 0.5):
         rounds += 1
         for index, run in enumerate(runs):
-            start = time.perf_counter()
+            start = time.thread_time()  # without the time that other processes have the core
             for _ in range(3):
                 run()
-            least[index] = min(least[index], time.perf_counter() - start)
+            least[index] = min(least[index], time.thread_time() - start)
     return least
 
 
