@@ -48,6 +48,11 @@ inline i32x16 dot_signed(i32x16 sum, bytes64 w, int32_t quad) { return dot_biase
 inline i32x16 mul_short(i32x16 a, i32x16 m) {
     return {_mm512_madd_epi16(a.v, _mm512_and_si512(m.v, _mm512_set1_epi32(0xffff)))};
 }
+inline i32x16 load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store(int32_t* p, i32x16 a) { _mm512_storeu_si512(p, a.v); }
+// The same in one instruction with an addition, for an m that has been through low_half.
+inline i32x16 low_half(i32x16 m) { return {_mm512_and_si512(m.v, _mm512_set1_epi32(0xffff))}; }
+inline i32x16 add_short(i32x16 sum, i32x16 a, i32x16 m) { return {_mm512_dpwssd_epi32(sum.v, a.v, m.v)}; }
 
 // -a in the lanes whose bit is set.
 inline i32x16 negate(i32x16 a, uint16_t lanes_set) {

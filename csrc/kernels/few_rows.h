@@ -5,8 +5,9 @@
 // and an activation serves two products. Four rows take 1.05 times as long as memory needs, eight 1.8 times; the next
 // eight find 512 k of both panels in the first cache.
 //
-// The multipliers of int4 can meet the weights (`times`: three instructions for a vector of nibbles, however many rows
-// follow) or, as in product.h, the sums over 32 k (two for each row). Up to 4 rows the second is less work.
+// The multipliers of int4 could meet the weights (`times`: three instructions for a vector of nibbles, however many rows
+// follow). As in product.h they meet the sums over 32 k (two for each row, or one where it adds as well), which is less
+// work up to 8 rows.
 //
 // With few rows the bound is latency: a product waits five cycles for the one before it in its sum, and the processor
 // finishes two a cycle, so up to 4 rows split each sum in two.
@@ -34,9 +35,9 @@ template <size_t R>
 constexpr size_t chains() { return R <= 4 ? 2 : 1; }
 
 // Products of columns k .. k + 32 of both panels, which lie at values[p], with R rows.
-template <size_t R, bool four, bool own>
-inline void dots_32(const uint8_t* const* values, const uint8_t* const* ahead, const Multiplier* m,
-                    const int8_t* const* q, size_t k, bool fetch, i32x16 (&dot)[R][pair_panels][2]) {
+template <size_t R, bool four>
+inline void dots_32(const uint8_t* const* values, const uint8_t* const* ahead, const int8_t* const* q, size_t k, bool fetch,
+                    i32x16 (&dot)[R][pair_panels][2]) {
 #pragma GCC unroll 8
     for (size_t i = 0; i < (four ? 4 : 8); ++i) {
         bytes64 low[pair_panels], high[pair_panels];
@@ -44,8 +45,7 @@ inline void dots_32(const uint8_t* const* values, const uint8_t* const* ahead, c
             if (fetch) prefetch(ahead[p] + 64 * i);
             const bytes64 w = load_bytes(values[p] + 64 * i);
             if constexpr (four) {
-                low[p] = own ? times(low_nibbles(w), m[p]) : low_nibbles(w);
-                high[p] = own ? times(high_nibbles(w), m[p]) : high_nibbles(w);
+                low[p] = low_nibbles(w), high[p] = high_nibbles(w);
             } else {
                 low[p] = biased(w);
             }
@@ -94,14 +94,9 @@ void pair_columns(const Weights& w, const uint8_t* panel, const PanelLayout& lay
         }
         size_t k = begin;
         do {
-            Multiplier m[pair_panels];
-            if constexpr (own && four)
-                for (size_t p = 0; p < pair_panels; ++p)
-                    m[p] = multiplier<true>(
-                        multipliers(panel + p * layout.bytes, layout, k / chunk_cols, k / multiplier_cols % 2));
             const uint8_t* ahead[pair_panels];
             point_ahead(values, panel, layout, read_ahead, ahead);
-            dots_32<R, four, own>(values, ahead, m, x.q, k, fetch, dot);
+            dots_32<R, four>(values, ahead, x.q, k, fetch, dot);
             for (size_t p = 0; p < pair_panels; ++p) values[p] += four ? 256 : 512;
             k += sum_cols;
         } while (k < stop);
@@ -189,6 +184,76 @@ void own4_columns(const Weights&, const uint8_t* panel, const PanelLayout& layou
         for (size_t p = 0; p < pair_panels; ++p) store(acc + (r * pair_panels + p) * lanes, y[r][p]);
 }
 
+// The same for 5 to 8 rows. As |nibble - 8| is at most 8 and a row's byte at most 127, a sum over 32 k fits 16 bits, and
+// one instruction multiplies it and adds it to the total of 128 k: 16 of them for 8 rows and two panels, where the
+// nibbles themselves would take 48. The sums fill the registers, so the
+// totals, [row][panel][16], lie in the first cache. offsets: of row r at 4 r, where its sum starts.
+template <size_t R, bool fetch>
+inline void summed_32(const uint8_t* const* values, const uint8_t* const* ahead, const i32x16* m, const int8_t* const* q,
+                    size_t k, const int32_t* offsets, int32_t* total) {
+    i32x16 dot[R][pair_panels];
+    for (size_t r = 0; r < R; ++r)
+        for (size_t p = 0; p < pair_panels; ++p) dot[r][p] = fill_int(offsets[4 * r]);
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 4; ++i) {
+        bytes64 low[pair_panels], high[pair_panels];
+        for (size_t p = 0; p < pair_panels; ++p) {
+            if (fetch) prefetch(ahead[p] + 64 * i);
+            const bytes64 w = load_bytes(values[p] + 64 * i);
+            low[p] = low_nibbles(w), high[p] = high_nibbles(w);
+        }
+        for (size_t r = 0; r < R; ++r) {
+            const int32_t x = quad(q[r] + k + 8 * i);
+            for (size_t p = 0; p < pair_panels; ++p) dot[r][p] = dot_nibbles(dot[r][p], low[p], x);
+        }
+        for (size_t r = 0; r < R; ++r) {
+            const int32_t x = quad(q[r] + k + 8 * i + 4);
+            for (size_t p = 0; p < pair_panels; ++p) dot[r][p] = dot_nibbles(dot[r][p], high[p], x);
+        }
+    }
+    for (size_t r = 0; r < R; ++r) {
+        for (size_t p = 0; p < pair_panels; ++p) {
+            int32_t* at = total + (r * pair_panels + p) * lanes;
+            store(at, add_short(load_ints(at), dot[r][p], m[p]));
+        }
+    }
+}
+
+// pair_columns() that way.
+template <size_t R>
+void summed_columns(const Weights&, const uint8_t* panel, const PanelLayout& layout, size_t first, size_t end,
+                  const RowPointers& x, bool fetch, float* acc) {
+    alignas(64) int32_t total[R * pair_panels * lanes], offsets[R * 4];
+    const uint8_t* values[pair_panels];
+    for (size_t p = 0; p < pair_panels; ++p)
+        values[p] = panel + p * layout.bytes + layout.values + first * panel_rows / 2;
+    for (size_t begin = first; begin < end; begin += block_cols) {
+        const size_t stop = begin + block_cols < end ? begin + block_cols : end;
+        for (size_t r = 0; r < R; ++r)
+            for (size_t i = 0; i < 4; ++i) offsets[4 * r + i] = -8 * x.sums[r][begin / sum_cols + i];
+        for (size_t i = 0; i < R * pair_panels; ++i) store(total + i * lanes, fill_int(0));
+        for (size_t k = begin; k < stop; k += sum_cols) {
+            i32x16 m[pair_panels];
+            const uint8_t* ahead[pair_panels];
+            for (size_t p = 0; p < pair_panels; ++p)
+                m[p] = low_half(multipliers(panel + p * layout.bytes, layout, k / chunk_cols, k / multiplier_cols % 2));
+            point_ahead(values, panel, layout, read_ahead, ahead);
+            if (fetch) summed_32<R, true>(values, ahead, m, x.q, k, offsets + (k - begin) / sum_cols, total);
+            else summed_32<R, false>(values, ahead, m, x.q, k, offsets + (k - begin) / sum_cols, total);
+            for (size_t p = 0; p < pair_panels; ++p) values[p] += 256;
+        }
+        for (size_t p = 0; p < pair_panels; ++p) {
+            const uint8_t* codes = panel + p * layout.bytes + layout.scales + begin / block_cols * panel_rows;
+            const f32x16 scale = block_scales(codes);
+            for (size_t r = 0; r < R; ++r) {
+                const size_t at = (r * pair_panels + p) * lanes;
+                const f32x16 x_scale = fill(x.scales[r][begin / block_cols]);
+                store(acc + at, fma(to_float(load_ints(total + at)), mul(x_scale, scale), load(acc + at)));
+            }
+        }
+    }
+}
+
 using PairColumns = void(const Weights&, const uint8_t*, const PanelLayout&, size_t, size_t, const RowPointers&, bool,
                          float*);
 
@@ -198,7 +263,7 @@ inline PairColumns* pair_kernel(Format format) {
         case Format::int8: return pair_columns<R, false, true, false>;
         case Format::int4:
             if constexpr (R <= 4) return own4_columns<R>;
-            else return pair_columns<R, true, true, false>;
+            else return summed_columns<R>;
         case Format::grouped8: return pair_columns<R, false, false, false>;
         case Format::grouped4: return pair_columns<R, true, false, false>;
         case Format::grouped8_min: return pair_columns<R, false, false, true>;
