@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from helpers import tiny_model
 from nemotron_h import NemotronHForCausalLM
@@ -35,18 +34,3 @@ def batch_of(rows: list[Tensor], starts: list[int], width: int, filler: int = 0)
     for i, (row_T, start) in enumerate(zip(rows, starts, strict=True)):
         ids_BT[i, start : start + len(row_T)], mask_BT[i, start : start + len(row_T)] = row_T, 1
     return {"input_ids": ids_BT, "attention_mask": mask_BT}
-
-
-@torch.no_grad()
-def departure(model: NemotronHForCausalLM, texts_BT: Tensor, prompt: int, temperature: float = 1.0) -> float:
-    """How far sampled texts are from the model's own probabilities.
-
-    For each pair of a word and the one behind it, the number of pairs against the sum of their probabilities given all
-    that was before: at most chi-square with V·(V - 1) degrees of freedom.
-    """
-    logprobs_BTV = (model(texts_BT).logits[:, prompt - 1 : -1] / temperature).log_softmax(-1)
-    before_BTV = one_hot(texts_BT[:, prompt - 1 : -1], model.config.vocab_size).double()
-    drawn_BTV = one_hot(texts_BT[:, prompt:], model.config.vocab_size).double()
-    counts_VV = torch.einsum("btu,btv->uv", before_BTV, drawn_BTV)
-    expected_VV = torch.einsum("btu,btv->uv", before_BTV, logprobs_BTV.exp())
-    return float(((counts_VV - expected_VV) ** 2 / expected_VV).sum())
