@@ -24,7 +24,7 @@ PLANTED_TEST = "tests/kernels/test_sample.py"
 TESTS = (
     "tests/kernels", "tests/test_norm.py", "tests/test_native_build.py", "tests/test_dispatch.py",
     "--ignore=tests/kernels/test_odd_sizes.py",  # it only measures time, which sanitizers change
-    "--deselect=tests/kernels/test_int8_kv.py::test_divergence_on_the_shipped_model",  # accuracy, of kernels tested there
+    "--deselect=tests/kernels/test_int8_kv.py::test_divergence_on_the_shipped_model",  # only accuracy
 )  # fmt: skip
 
 
