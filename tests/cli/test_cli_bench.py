@@ -86,8 +86,8 @@ def test_prompts_and_batches(run, config_file):
         assert [(row["engine"], row[size]) for row in facts[measure]] == [(name, n) for n in wanted for name in names]
         assert all(row["finite"] and len(row["rates"]) == 2 and min(row["rates"]) > 0 for row in facts[measure])
     assert facts["left_out"] == []
-    assert facts["bits"]["equal"] is True
     assert facts["bits"]["promised"] == bool(_native.levels())
+    assert facts["bits"]["equal"] or not facts["bits"]["promised"], "only kernels promise them"
     assert set(facts["machine"]["peaks"]) == (set(limits.PEAKS) if _native.levels() else set())
 
 
