@@ -140,6 +140,7 @@ NB_MODULE(_native, m) {
     table.def(nb::init<const std::string&>(), nb::arg("level"))
         .def_prop_ro("level", &Table::level)
         .def("rms_norm", &Table::rms_norm);
+    def_kernel<Gil::release>(table, "add", &Kernels::add);
     def_kernel<Gil::release>(table, "router", &Kernels::router);
     def_kernel<Gil::release>(table, "sample", &Kernels::sample);
     def_kernel<Gil::release>(table, "linear", &Kernels::linear);
@@ -159,6 +160,7 @@ NB_MODULE(_native, m) {
     def_kernel<Gil::release>(table, "time_step", &Kernels::time_step);
     def_kernel<Gil::release>(table, "attention", &Kernels::attention);
     def_kernel<Gil::release>(table, "attention_prefill", &Kernels::attention_prefill);
+    def_kernel<Gil::release>(table, "with_room", &Kernels::with_room);
     def_kernel<Gil::release>(table, "peak", &Kernels::peak);
     m.attr("peak_sinks") = peak_sinks;
 }

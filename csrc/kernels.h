@@ -6,7 +6,7 @@
 //
 // Contract of all kernels: the bits of the result depend on the values alone, not on the level, the number of rows or of
 // threads, the alignment or the strides. That is what lets one machine check another, and a decode step repeat a prefill.
-// Kernels that run on the pool (pool.h) count subnormals as zero.
+// Kernels that run on the pool (pool.h) count subnormals as zero, but for those that say they do not.
 #pragma once
 
 #include <cstddef>
@@ -38,6 +38,10 @@ enum class Arithmetic : int { integer = 0, floating = 1 };  // of activations th
 // x: rows × cols with x_row_stride elements from row to row; weight: cols; out: rows × cols, contiguous. cols ≥ 1.
 using RmsNorm = void(const void* x, const void* weight, void* out, size_t rows, size_t cols, size_t x_row_stride,
                      float eps, Dtype x_dtype, Dtype weight_dtype) noexcept;
+
+// out = x + y, each of `count` elements, contiguous, added in float32 and rounded once to x's dtype, which is y's or float32.
+// out may be x or y. Subnormal numbers stay what they are.
+using Add = void(const void* x, const void* y, void* out, size_t count, Dtype x_dtype, Dtype y_dtype) noexcept;
 
 // out[m, n] = act(Σ_k x[m, k] · w[n, k] + bias[n]), the sum in float32, rounded to x's dtype before and after act, for M rows of x against an N × K matrix.
 // Plain weights (x has their dtype): two chains over the even and the odd k of each 32, from zero, then added to the sum,
@@ -164,6 +168,11 @@ constexpr size_t attention_prefill_scratch(size_t size, size_t slots) {
     return (slots + 63) / 64 * 16 + slots * attention_slot(size);
 }
 
+// out[b, h, s] = x[b, h, s] for the first T of the slots, zero behind; rows of `row` bytes of any kind. x_*: bytes from one
+// to the next; out: batch × heads × slots rows, contiguous.
+using WithRoom = void(const void* x, void* out, size_t batch, size_t heads, size_t T, size_t slots, size_t row,
+                      size_t x_batch, size_t x_head, size_t x_token) noexcept;
+
 // One token from V finite logits, -1 if any is not finite. temperature 0: the greatest. Else the first id at which the
 // sum of weights exp((logit - greatest) / temperature) of the tokens that top_k (0: all), top_p and min_p leave exceeds
 // u times their total, u in [0, 1). Ties go to the lower ids. scratch: sample_scratch(V) floats.
@@ -197,6 +206,7 @@ using Peak = double(PeakKind kind, size_t rounds, float* sinks) noexcept;
 
 // One line per kernel: its type and its name. The table, the declarations and isa.cpp follow from it.
 #define NEMOTRON_H_KERNELS(kernel)            \
+    kernel(Add, add)                          \
     kernel(RmsNorm, rms_norm)                 \
     kernel(Router, router)                    \
     kernel(Sample, sample)                    \
@@ -217,6 +227,7 @@ using Peak = double(PeakKind kind, size_t rounds, float* sinks) noexcept;
     kernel(MoeBlockStep, moe_block)           \
     kernel(Attention, attention)              \
     kernel(Attention, attention_prefill)      \
+    kernel(WithRoom, with_room)               \
     kernel(Peak, peak)
 
 struct Kernels {

@@ -234,21 +234,32 @@ void run_parallel(size_t count, size_t grain, Block* block, void* context) noexc
     busy.store(false);
 }
 
+namespace {
+
+// The register that says how a thread treats subnormal numbers, and its bits that make them zero.
 #if defined(__x86_64__)
-constexpr unsigned flush_to_zero = 0x8000, denormals_are_zero = 0x0040;
-FlushSubnormals::FlushSubnormals() noexcept : before_(_mm_getcsr()) {
-    _mm_setcsr(static_cast<unsigned>(before_) | flush_to_zero | denormals_are_zero);
-}
-FlushSubnormals::~FlushSubnormals() noexcept { _mm_setcsr(static_cast<unsigned>(before_)); }
+constexpr unsigned long flushing = 0x8000 | 0x0040;  // flush to zero, denormals are zero
+unsigned long float_mode() noexcept { return _mm_getcsr(); }
+void set_float_mode(unsigned long mode) noexcept { _mm_setcsr(static_cast<unsigned>(mode)); }
 #elif defined(__aarch64__)
-FlushSubnormals::FlushSubnormals() noexcept {
-    __asm__ volatile("mrs %0, fpcr" : "=r"(before_));
-    __asm__ volatile("msr fpcr, %0" : : "r"(before_ | (1ul << 24)));
+constexpr unsigned long flushing = 1ul << 24;
+unsigned long float_mode() noexcept {
+    unsigned long mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+    return mode;
 }
-FlushSubnormals::~FlushSubnormals() noexcept { __asm__ volatile("msr fpcr, %0" : : "r"(before_)); }
+void set_float_mode(unsigned long mode) noexcept { __asm__ volatile("msr fpcr, %0" : : "r"(mode)); }
 #else
-FlushSubnormals::FlushSubnormals() noexcept : before_(0) {}
-FlushSubnormals::~FlushSubnormals() noexcept {}
+constexpr unsigned long flushing = 0;
+unsigned long float_mode() noexcept { return 0; }
+void set_float_mode(unsigned long) noexcept {}
 #endif
+
+}  // namespace
+
+FlushSubnormals::FlushSubnormals() noexcept : before_(float_mode()) { set_float_mode(before_ | flushing); }
+FlushSubnormals::~FlushSubnormals() noexcept { set_float_mode(before_); }
+KeepSubnormals::KeepSubnormals() noexcept : before_(float_mode()) { set_float_mode(before_ & ~flushing); }
+KeepSubnormals::~KeepSubnormals() noexcept { set_float_mode(before_); }
 
 }  // namespace nemotron_h

@@ -50,4 +50,16 @@ class FlushSubnormals {
     unsigned long before_;
 };
 
+// The opposite, for kernels whose sums must not depend on where they run.
+class KeepSubnormals {
+  public:
+    KeepSubnormals() noexcept;
+    ~KeepSubnormals() noexcept;
+    KeepSubnormals(const KeepSubnormals&) = delete;
+    KeepSubnormals& operator=(const KeepSubnormals&) = delete;
+
+  private:
+    unsigned long before_;
+};
+
 }  // namespace nemotron_h

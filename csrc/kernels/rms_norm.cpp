@@ -5,8 +5,10 @@
 // of additions is fixed by the number of columns alone. 64 short chains are also more accurate than one long one.
 //
 // A row is read twice, the second time from L1 (8192 columns are 32 KB of float32). The bound is memory: 2 · cols ·
-// sizeof(x) bytes a row. Single-threaded: a decode step has few rows, and they cost less than waking a thread.
+// sizeof(x) bytes a row. The rows of a prompt are shared out among the threads; those of a decode step are few and cost less
+// than waking one. Subnormal numbers stay what they are on either way, or a row's bits would depend on its company.
 #include "../kernels.h"
+#include "../pool.h"
 #include "../simd.h"
 
 namespace nemotron_h {
@@ -14,6 +16,7 @@ namespace NEMOTRON_H_LEVEL {
 namespace {
 
 constexpr size_t chains = 4, block = chains * lanes;
+constexpr size_t grain = 1 << 14, small_call = 1 << 16;  // elements
 
 template <typename X>
 float sum_of_squares(const X* x, size_t cols) {
@@ -46,15 +49,24 @@ void normalize(const X* x, const W* weight, X* out, size_t rows, size_t cols, si
     }
 }
 
+template <typename X, typename W>
+void shared_out(const X* x, const W* weight, X* out, size_t rows, size_t cols, size_t x_row_stride, float eps) {
+    if (rows * cols <= small_call) return normalize(x, weight, out, rows, cols, x_row_stride, eps);
+    parallel(rows, cols < grain ? grain / cols : 1, [&](size_t begin, size_t end) {
+        const KeepSubnormals keep;
+        normalize(x + begin * x_row_stride, weight, out + begin * cols, end - begin, cols, x_row_stride, eps);
+    });
+}
+
 template <typename X>
 void with_weight(const void* x, const void* weight, void* out, size_t rows, size_t cols, size_t x_row_stride, float eps,
                  Dtype weight_dtype) {
     const X* in = static_cast<const X*>(x);
     X* to = static_cast<X*>(out);
     if (weight_dtype == Dtype::float32)
-        normalize(in, static_cast<const float*>(weight), to, rows, cols, x_row_stride, eps);
+        shared_out(in, static_cast<const float*>(weight), to, rows, cols, x_row_stride, eps);
     else
-        normalize(in, static_cast<const bf16*>(weight), to, rows, cols, x_row_stride, eps);
+        shared_out(in, static_cast<const bf16*>(weight), to, rows, cols, x_row_stride, eps);
 }
 
 }  // namespace

@@ -30,6 +30,7 @@ from nemotron_h.inputs import keep_positions, kept_alone, prepare
 from nemotron_h.layout import Layout, Recorder, ordered
 from nemotron_h.linears import NemotronHLinear, activated, empty_packed, widened
 from nemotron_h.ops.activations import activation
+from nemotron_h.ops.add import add
 from nemotron_h.ops.attention import attention
 from nemotron_h.ops.causal_conv1d import ConvResult, causal_conv1d
 from nemotron_h.ops.dispatch import not_plain
@@ -463,7 +464,7 @@ class NemotronHMoE(nn.Module):
         routed = self.experts(x_ML, routing.experts, routing.weights)
         y_MD = routed if self.fc2_latent_proj is None else self.fc2_latent_proj(routed)
         if self.shared_experts is not None:
-            y_MD = y_MD + self.shared_experts(x_MD)
+            y_MD = add(y_MD, self.shared_experts(x_MD))
         if layout.recorder is not None and layout.recorder.routings is not None:
             layout.recorder.routings[self.layer_idx] = routing
         return y_MD.view_as(hidden_states)
@@ -533,7 +534,7 @@ class NemotronHBlock(GradientCheckpointingLayer):
             return stepped
         normed = self.norm(hidden_states).to(self.norm.weight.dtype)
         mixed = self.mixer(normed, layout, cache)
-        return hidden_states + (F.dropout(mixed, self.dropout) if self.training else mixed)
+        return add(hidden_states, F.dropout(mixed, self.dropout) if self.training else mixed)
 
 
 class NemotronHModel(NemotronHPreTrainedModel):

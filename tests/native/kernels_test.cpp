@@ -154,6 +154,31 @@ void rms_norm() {
     }
 }
 
+void add() {
+    for (Dtype dtype : dtypes) {
+        const size_t count = 70001;
+        Values x(count, dtype), y(count, dtype, 3);
+        Output out(count, dtype);
+        kernels.add(x.data(), y.data(), out.data(), count, dtype, dtype);
+        Doubles expected;
+        for (size_t i = 0; i < count; ++i) expected.push_back(x[i] + y[i]);
+        compare(with("add", dtype), out, expected, rounding(dtype));
+    }
+}
+
+void with_room() {
+    const size_t batch = 2, heads = 3, T = 5, slots = 8, size = 7, row = heads * size;
+    Values x(batch * T * row, Dtype::float32);
+    Output out(batch * heads * slots * size, Dtype::float32);
+    kernels.with_room(x.data(), out.data(), batch, heads, T, slots, 4 * size, 4 * T * row, 4 * size, 4 * row);
+    Doubles expected;
+    for (size_t i = 0; i < batch * heads * slots * size; ++i) {
+        const size_t c = i % size, t = i / size % slots, h = i / size / slots % heads, b = i / size / slots / heads;
+        expected.push_back(t < T ? x[(b * T + t) * row + h * size + c] : 0);
+    }
+    compare("with_room", out, expected, 0);
+}
+
 void gated_rms_norm() {
     for (Dtype dtype : dtypes) {
         const size_t rows = 2, groups = 3, cols = 77, width = groups * cols;
@@ -604,8 +629,8 @@ void mamba_step() {
 const struct {
     const char* name;
     void (*run)();
-} tests[] = {TEST(rms_norm), TEST(gated_rms_norm), TEST(time_step), TEST(causal_conv1d), TEST(ssd_step), TEST(ssd_scan),
-             TEST(attention), TEST(router), TEST(sample), TEST(linear), TEST(many_rows), TEST(experts),
+} tests[] = {TEST(rms_norm), TEST(add), TEST(with_room), TEST(gated_rms_norm), TEST(time_step), TEST(causal_conv1d),
+             TEST(ssd_step), TEST(ssd_scan), TEST(attention), TEST(router), TEST(sample), TEST(linear), TEST(many_rows), TEST(experts),
              TEST(packed_experts), TEST(mamba_step)};
 
 // Of the matrix units: Linux grants them on request (isa.cpp); elsewhere the system may just have them on.

@@ -17,6 +17,7 @@ from nemotron_h.configuration import NemotronHConfig
 from nemotron_h.layout import Layout
 from nemotron_h.ops.attention import Int8Rows
 from nemotron_h.ops.causal_conv1d import next_window
+from nemotron_h.ops.slots import with_room
 from nemotron_h.ops.ssd import STEP_TOKENS
 from nemotron_h.ops.tracing import tracing
 
@@ -159,12 +160,11 @@ class AttentionLayer(CacheLayer):
         is_new = buffer is None or self.length == 0
         if torch.is_grad_enabled():  # a graph may hold what was here, even where only the queries are trained
             return new if buffer is None or is_new else torch.cat([buffer[:, :, : self.length], new], dim=2)
-        if buffer is None or is_new or buffer.shape[2] < end:
-            batch, heads, _, *sizes = new.shape
-            grown = new.new_zeros(batch, heads, -(-max(end, self.expected) // BLOCK) * BLOCK, *sizes)
-            if buffer is not None and not is_new:  # what nobody uses may have another number of rows
-                grown[:, :, : self.length] = buffer[:, :, : self.length]
-            buffer = grown
+        room = -(-max(end, self.expected) // BLOCK) * BLOCK
+        if buffer is None or is_new:  # what nobody uses may have another number of rows
+            return with_room(new, room)
+        if buffer.shape[2] < end:
+            buffer = with_room(buffer[:, :, : self.length], room)
         buffer[:, :, self.length : end] = new
         return buffer
 

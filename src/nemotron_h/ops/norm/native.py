@@ -34,6 +34,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, level: str | None = None) ->
     cols = weight.shape[0]
     stride = _row_stride(x)
     assert stride is not None  # refusal() looked
+    threads.sync()
     _native.kernels(level).rms_norm(
         x.data_ptr(),
         weight.data_ptr(),
