@@ -17,7 +17,7 @@
 namespace nemotron_h {
 
 // Raised whenever a signature below changes; src/nemotron_h/ops/_native.py refuses a library with another number.
-constexpr int interface_version = 5;
+constexpr int interface_version = 6;
 
 // Totally ordered: a CPU that has one level has all the lower ones.
 enum class Level : int { generic = 0, avx2 = 1, avx512 = 2, amx = 3 };

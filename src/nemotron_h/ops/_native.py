@@ -9,7 +9,7 @@ from typing import Protocol
 from nemotron_h.errors import KernelError
 from nemotron_h.ops import settings
 
-INTERFACE_VERSION = 5  # csrc/kernels.h: interface_version
+INTERFACE_VERSION = 6  # csrc/kernels.h: interface_version
 INSTALL_HINT = "install a C++ compiler and Python's headers (apt-get install g++ python3-dev), then nemotron-h again"
 
 
