@@ -212,6 +212,29 @@ def test_large_and_odd_sizes(packing: Packing, level: str) -> None:
 
 @pytest.mark.parametrize("packing", [BF16, INT8, INT4], ids=lambda p: p.name)
 @pytest.mark.parametrize("level", _native.levels())
+def test_long_rows_in_whole_and_parted_blocks(packing: Packing, level: str) -> None:
+    """Rows that do not fit in a core's caches together, of more than one block."""
+    generator = torch.Generator().manual_seed(3)
+    weight, _ = draw(packing, 33, 15680, generator)
+    x = rows(260, 15680, torch.bfloat16, generator)
+    call = (weight.panels, packing, 33, None, "int8")
+    some = [0, 47, 48, 129, 130, 255, 256, 259]
+    one = torch.cat([native.packed_linear(x[m : m + 1], *call) for m in some])
+    assert torch.equal(native.packed_linear(x, *call, level=level)[some], one)
+
+
+@pytest.mark.parametrize("level", _native.levels())
+def test_the_largest_activation_of_a_block_may_be_in_any_lane(level: str) -> None:
+    generator = torch.Generator().manual_seed(6)
+    weight, _ = draw(INT8, 16, 256, generator)
+    x = rows(256, 256, torch.float32, generator).clamp(-1, 1) + torch.diag(torch.tensor([50.0, -50.0]).repeat(128))
+    args = (weight.panels, INT8, 16, None, "int8", "identity", False)
+    result = native.packed_linear(x, weight.panels, INT8, 16, None, "int8", level=level)
+    assert_in_budget(result, reference.packed_linear(x, *args), reference.packed_linear(x.double(), *args), 8.0)
+
+
+@pytest.mark.parametrize("packing", [BF16, INT8, INT4], ids=lambda p: p.name)
+@pytest.mark.parametrize("level", _native.levels())
 def test_every_output_is_written_and_nothing_else(level: str, packing: Packing) -> None:
     """Through the raw kernel: a poisoned output with a margin, for row counts around the register blocks."""
     generator = torch.Generator().manual_seed(1)
