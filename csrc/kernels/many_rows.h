@@ -26,12 +26,12 @@ constexpr size_t tile_panels = 1, tile_rows = 3;
 #endif
 
 constexpr size_t slab_cols = 512;  // of bfloat16 half as many, which are as many bytes
-// Rows that are multiplied together. Of each tile's rows a slab needs 512 bytes: they arrive from the third cache in the
-// time of the tile before, so a block need not fit in the second one, and weights are unpacked for as many rows however
-// long these are. Matrix units are too fast for that; CPUs that have them have 2 MB of second cache.
 constexpr size_t block_rows = 256;
+// Of activations that should stay in the second cache, which has 2 MB on CPUs with matrix units.
 #if defined(NEMOTRON_H_TILES)
-constexpr size_t block_bytes = 1024 << 10, least_block_rows = 48;
+constexpr size_t block_bytes = 1024 << 10;
+#else
+constexpr size_t block_bytes = 512 << 10;
 #endif
 
 // Rows up to which product.h is as fast: 8 wait for memory, and packed bfloat16 has nothing to take apart, so the next 8
@@ -49,13 +49,15 @@ struct Slab {
     alignas(64) float minimums[slab_cols / 32 * tile_panels * panel_rows];
 };
 
-inline size_t rows_of_block([[maybe_unused]] const Rows& x) {
-#if defined(NEMOTRON_H_TILES)
-    const size_t fitting = block_bytes / (x.cols * x.width());
-    return fitting < least_block_rows ? least_block_rows : fitting < block_rows ? fitting : block_rows;
-#else
-    return block_rows;
+// Rows that are multiplied together. Of int8 rows a slab needs 512 bytes each, which arrive from the third cache in time
+// for vectors: weights are unpacked for as many rows however long these are. Matrix units and float32 rows, four times as
+// wide, want them nearer: a row of a longer product is a smaller part of a block.
+inline size_t rows_of_block(const Rows& x) {
+#if defined(__AVX512F__) && !defined(NEMOTRON_H_TILES)
+    if (x.q != nullptr) return block_rows;
 #endif
+    const size_t fitting = block_bytes / (x.cols * x.width());
+    return fitting < 48 ? 48 : fitting < block_rows ? fitting : block_rows;
 }
 
 inline bool takes_many(const Weights& w, [[maybe_unused]] const Rows& x) {
