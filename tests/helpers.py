@@ -9,7 +9,7 @@ from torch import Tensor
 
 import reference64
 from nemotron_h import NemotronHConfig, NemotronHForCausalLM
-from nemotron_h.modeling import NemotronHExperts
+from nemotron_h.experts import NemotronHExperts
 from reference64 import Reference
 
 BOUND = 2e-4

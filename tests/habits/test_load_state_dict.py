@@ -14,7 +14,7 @@ from transformers.trainer_utils import load_sharded_checkpoint
 
 from helpers import BIASED, draw_weights, tiny_model
 from nemotron_h import NemotronHForCausalLM
-from nemotron_h.modeling import NemotronHExperts
+from nemotron_h.experts import NemotronHExperts
 
 ROUTED = "layers.1.mixer.experts."
 

@@ -1,7 +1,7 @@
 """Sizes that fit no block cost at most three times what the tuned ones do, per element; rows no more than fewer rows.
 
 A kernel that falls back to single elements at its edges passes every other test, and is ten times slower on a model of
-its own dimensions. One thread, its own clock, sizes in turns, the least of many rounds: other load on the machine cancels.
+its own dimensions. One thread, its own clock, sizes in turns, the least of many rounds: other load cancels.
 
 Letters: M rows · N output width · K input width · B batch · T tokens · H heads · P head size · G groups · S keys.
 """

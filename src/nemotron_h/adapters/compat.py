@@ -63,7 +63,7 @@ def allow_expert_dora(config: LoraConfig) -> LoraConfig:
     """
     require_peft()
     from nemotron_h.adapters.dora import ParamWrapper
-    from nemotron_h.modeling import NemotronHExperts
+    from nemotron_h.experts import NemotronHExperts
 
     config._register_custom_module({NemotronHExperts: ParamWrapper})
     return config

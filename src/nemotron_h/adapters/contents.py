@@ -17,7 +17,7 @@ from nemotron_h.adapters.targets import named_targets
 from nemotron_h.checkpoint.names import FLOATS
 from nemotron_h.checkpoint.safetensors import TensorInfo, read_header
 from nemotron_h.errors import CheckpointError
-from nemotron_h.modeling import NemotronHExperts
+from nemotron_h.experts import NemotronHExperts
 
 _SHOWN = 20
 

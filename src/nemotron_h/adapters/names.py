@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nemotron_h.adapters.targets import named_targets
-from nemotron_h.modeling import NemotronHExperts
+from nemotron_h.experts import NemotronHExperts
 
 PREFIX = "base_model.model."
 KINDS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from nemotron_h.errors import InputError
-from nemotron_h.modeling import NemotronHExperts
+from nemotron_h.experts import NemotronHExperts
 from nemotron_h.pretrained import NemotronHPreTrainedModel
 
 # Attributes in which PEFT keeps what it wrapped; the names of targets are those from before.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from nemotron_h import LLM, NemotronHForCausalLM, NemotronHHybridDynamicCache, SamplingParams
+from nemotron_h.experts import NemotronHExperts, NemotronHPackedExperts
 from nemotron_h.linears import NemotronHLinear, NemotronHPackedLinear
-from nemotron_h.modeling import NemotronHExperts, NemotronHPackedExperts
 
 PIECE = 64  # where a prompt may be cut: at the scan's chunks
 SHORT, WRITTEN = 16, 8  # tokens of a batch's prompts, and behind them
