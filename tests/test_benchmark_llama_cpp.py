@@ -269,9 +269,9 @@ def test_the_worker(stand_in, tmp_path):
         calls = [call for call in log(tmp_path) if call[0] != "synchronize"]
     ones = ["decode", 1]
     assert calls[:3] == [["load", "GGUF"], ["init", 2048, 1, 2, 2], ones]
-    assert calls[3:12] == [["clear", "memory", True], *[ones] * 4, *[ones] * 3, ["decode", 512]]
-    assert calls[12:19] == [["decode", 512], ["decode", 1200 - 7 - 1024], *[ones] * 4, ["clear", "memory", True]]
-    assert calls[19:] == [["decode", 512], ["decode", 88], *[ones] * 4]
+    assert calls[3:13] == [["clear", "memory", True], *[ones] * 4, *[ones] * (1 + 3), ["decode", 512]]
+    assert calls[13:20] == [["decode", 512], ["decode", 1200 - 8 - 1024], *[ones] * 4, ["clear", "memory", True]]
+    assert calls[20:] == [["decode", 512], ["decode", 88], *[ones] * 4]
     assert log(tmp_path).count(["synchronize"]) == sum(call[0] == "decode" for call in calls)
 
 
@@ -300,11 +300,11 @@ def test_the_worker_reads_prompts(loaded, tmp_path):
 
 
 def test_the_worker_verifies(loaded, tmp_path):
-    """A step of several tokens wants the logits of each."""
+    """A step of several tokens wants the logits of each; the first one is not counted."""
     answer = loaded.ask("verify", steps=2, tokens=4)
     assert answer["tokens"] == 8
     rows = [call[1:] for call in log(tmp_path) if call[0] == "rows"]
-    assert rows == [[[0, 1 + 4 * step + i, True] for i in range(4)] for step in range(2)]
+    assert rows == [[[0, 1 + 4 * step + i, True] for i in range(4)] for step in range(3)]
 
 
 def test_the_worker_decodes_sequences_together(loaded, tmp_path):
@@ -313,9 +313,9 @@ def test_the_worker_decodes_sequences_together(loaded, tmp_path):
     loaded.ask("gather", sequences=2, tokens=10)
     calls = [call for call in log(tmp_path) if call[0] not in ("synchronize", "decode")]
     assert calls[0] == ["init", 3 * 512, 3, 1, 1]
-    steps = [[[sequence, position, True] for sequence in range(3)] for position in range(22)]
-    assert [call[1:] for call in calls[1:23]] == steps
-    assert calls[23:26] == [["free", "batch"], ["free", "context of 3"], ["init", 2 * 256, 2, 1, 1]]
+    steps = [[[sequence, position, True] for sequence in range(3)] for position in range(23)]
+    assert [call[1:] for call in calls[1:24]] == steps
+    assert calls[24:27] == [["free", "batch"], ["free", "context of 3"], ["init", 2 * 256, 2, 1, 1]]
 
 
 def test_the_worker_sees_bad_logits_and_failures(stand_in, tmp_path, monkeypatch):

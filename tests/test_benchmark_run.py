@@ -182,7 +182,7 @@ def test_prompts_and_batches(worker, subject):
     assert prompts == measured + [(name, 1) for name in names], "the last from the start: a context may be full"
     assert {tuple(entry[2].items()) for entry in asked(worker, "verify")} == {(("steps", 3), ("tokens", 4))}
     gathered = [(entry[0], *entry[2].values()) for entry in asked(worker, "gather")]
-    assert gathered == [(name, count, 20) for count in (1, 4) for name in names]
+    assert gathered == [(name, count, 2 * (1 + 10)) for count in (1, 4) for name in names]
     assert [entry[0] for entry in asked(worker, "together")] == turns + turns
     assert asked(worker, "load")[1][2]["context"] == 768, "llama.cpp is asked for room for the longest prompt"
 

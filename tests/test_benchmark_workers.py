@@ -1,5 +1,7 @@
 """The workers of PyTorch models, in this process."""
 
+import time
+
 import pytest
 import torch
 from transformers.models.nemotron_h import NemotronHForCausalLM as Peer
@@ -51,6 +53,21 @@ def test_steps_of_several_tokens_keep_all_logits():
     assert step.calls == [(0, 4), (4, 4), (8, 4)]
     assert step.kept == [4, 4, 4]
     assert found["tokens"] == 12
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_turn_begins_with_a_step_that_is_not_timed(tokens, monkeypatch):
+    step, clock = Recorder(), [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def slow_at_first(ids_BT, cache, keep):
+        clock[0] += 1.0 if step.calls else 100.0
+        return step(ids_BT, cache, keep)
+
+    found = Decoder(slow_at_first, 7).turn(3, tokens)
+    assert step.calls == [(tokens * i, tokens) for i in range(4)]
+    assert step.kept == [tokens] * 4
+    assert (found["tokens"], found["seconds"]) == (3 * tokens, 3.0)
 
 
 def test_prompts_start_anew_and_keep_the_last_logits():

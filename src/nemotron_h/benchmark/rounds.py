@@ -70,7 +70,7 @@ def works(plan: Plan) -> list[Work]:
         Work("prefill", prompt, prompt, 1, 0, None, ("prefill", {"tokens": prompt}), f"of a prompt of {prompt:,}")
         for prompt in plan.prompts
     ]
-    every = plan.tokens * plan.repeats
+    every = (plan.tokens + 1) * plan.repeats  # each round begins with a step that is not timed
     found += [
         Work("batch", count, 1, count, 0, ("gather", {"sequences": count, "tokens": every}),
              ("together", {"tokens": plan.tokens}), f"by {count} sequences")

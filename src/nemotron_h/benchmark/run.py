@@ -18,7 +18,7 @@ from nemotron_h.benchmark import engines, limits
 from nemotron_h.benchmark.engines import Engine, Subject
 from nemotron_h.benchmark.measures import SIZES, EngineFacts, Machine
 from nemotron_h.benchmark.report import Report
-from nemotron_h.benchmark.rounds import Plan, Progress, Rounds
+from nemotron_h.benchmark.rounds import STEP, Plan, Progress, Rounds
 from nemotron_h.errors import InputError
 
 CONTEXTS = (0, 4096, 16384)
@@ -138,8 +138,8 @@ def _contexts(spec: Any, options: Options) -> list[int]:
 
 
 def _decoded(tokens: int, repeats: int) -> int:
-    """The most tokens that come behind a context, steps of several tokens included."""
-    return (tokens + 4) * repeats + _WARM_UP
+    """The most tokens that come behind a context: a round may end a part of a step later, and begins with one more."""
+    return (tokens + 2 * STEP) * repeats + _WARM_UP
 
 
 def _engines(subject: Subject, spec: Any, options: Options, threads: int, plan: Plan) -> list[Engine]:

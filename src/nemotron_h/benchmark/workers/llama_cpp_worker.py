@@ -52,11 +52,11 @@ class Worker:
             self._one.step(1)
 
     def decode(self, tokens: int) -> dict[str, Any]:
-        return self._one.timed([1] * tokens)
+        return self._one.turn(tokens, 1)
 
     def verify(self, steps: int, tokens: int) -> dict[str, Any]:
         """Steps of several tokens, with the logits of each."""
-        return self._one.timed([tokens] * steps, all_logits=True)
+        return self._one.turn(steps, tokens, all_logits=True)
 
     def prefill(self, tokens: int) -> dict[str, Any]:
         """A prompt from an empty cache, with the logits of its last token."""
@@ -74,7 +74,7 @@ class Worker:
 
     def together(self, tokens: int) -> dict[str, Any]:
         assert self._many is not None
-        return self._many.timed([1] * tokens)
+        return self._many.turn(tokens, 1)
 
 
 class Sequences:
@@ -97,6 +97,11 @@ class Sequences:
     def clear(self) -> None:
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
         self.length = 0
+
+    def turn(self, steps: int, tokens: int, all_logits: bool = False) -> dict[str, Any]:
+        """Equal steps, behind one that is not timed: what other engines did meanwhile has emptied the caches."""
+        self.step(tokens, all_logits)
+        return self.timed([tokens] * steps, all_logits)
 
     def timed(self, steps: list[int], all_logits: bool = False) -> dict[str, Any]:
         """One step after the other, of so many tokens of each sequence."""

@@ -24,16 +24,15 @@ from nemotron_h import (
     packing,
 )
 from nemotron_h.benchmark.workers import bits
-from nemotron_h.benchmark.workers.torch_model import SHORT, Decoder, stored_bytes
+from nemotron_h.benchmark.workers.torch_model import SHORT, Decoder, TorchWorker, stored_bytes
 from nemotron_h.ops import _native, settings
 from nemotron_h.quantization import is_packed
 
 
-class Worker:
+class Worker(TorchWorker):
     """Actions: `load`, then the others in any order, `together` after `gather`; or `write` alone."""
 
     model: NemotronHForCausalLM
-    decoder: Decoder
     prompts: list[list[int]]
 
     def load(
@@ -58,18 +57,6 @@ class Worker:
     def write(self, config: dict[str, Any], quantization: str | None, directory: str) -> None:
         """A checkpoint with random weights."""
         random_model(config, quantization).save_pretrained(directory)
-
-    def fill(self, context: int) -> None:
-        self.decoder.fill(context)
-
-    def decode(self, tokens: int) -> dict[str, Any]:
-        return self.decoder.decode(tokens)
-
-    def verify(self, steps: int, tokens: int) -> dict[str, Any]:
-        return self.decoder.decode(steps, tokens)
-
-    def prefill(self, tokens: int) -> dict[str, Any]:
-        return self.decoder.prefill(tokens)
 
     def gather(self, sequences: int, tokens: int) -> None:
         """Prompts that `LLM.generate` gets as one list; its cache finds room for `tokens` by itself."""

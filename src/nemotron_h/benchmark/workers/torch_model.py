@@ -80,6 +80,11 @@ class Decoder:
         ids_SBT = [self._draw(tokens) for _ in range(steps)]
         return {"tokens": steps * tokens * self._rows, **self._timed(ids_SBT, tokens)}
 
+    def turn(self, steps: int, tokens: int = 1) -> dict[str, Any]:
+        """As `decode`, behind a step that is not timed: what other engines did meanwhile has emptied the caches."""
+        self._forward(self._draw(tokens), tokens)
+        return self.decode(steps, tokens)
+
     def prefill(self, tokens: int) -> dict[str, Any]:
         """A prompt from an empty cache, in passes of `PASS`, with the logits of its last token. Leaves the cache alone
         that decoding has."""
@@ -102,3 +107,21 @@ class Decoder:
         logits_BTV, self._cache = self._step(ids_BT, self._cache, keep)
         self._length += ids_BT.shape[1]
         return logits_BTV
+
+
+class TorchWorker:
+    """Actions that all workers with a PyTorch model share, once `decoder` is there."""
+
+    decoder: Decoder
+
+    def fill(self, context: int) -> None:
+        self.decoder.fill(context)
+
+    def decode(self, tokens: int) -> dict[str, Any]:
+        return self.decoder.turn(tokens)
+
+    def verify(self, steps: int, tokens: int) -> dict[str, Any]:
+        return self.decoder.turn(steps, tokens)
+
+    def prefill(self, tokens: int) -> dict[str, Any]:
+        return self.decoder.prefill(tokens)

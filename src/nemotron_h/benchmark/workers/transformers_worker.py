@@ -14,14 +14,13 @@ import transformers
 from torch import Tensor
 
 from nemotron_h import NemotronHConfig
-from nemotron_h.benchmark.workers.torch_model import SHORT, Decoder, random_weights, stored_bytes
+from nemotron_h.benchmark.workers.torch_model import SHORT, Decoder, TorchWorker, random_weights, stored_bytes
 
 
-class Worker:
+class Worker(TorchWorker):
     """Actions: `load`, then the others in any order; `together` after `gather`."""
 
     model: Any
-    decoder: Decoder
     batch: Decoder
 
     def load(self, config: dict[str, Any], threads: int) -> dict[str, Any]:
@@ -41,25 +40,13 @@ class Worker:
             "version": transformers.__version__,
         }
 
-    def fill(self, context: int) -> None:
-        self.decoder.fill(context)
-
-    def decode(self, tokens: int) -> dict[str, Any]:
-        return self.decoder.decode(tokens)
-
-    def verify(self, steps: int, tokens: int) -> dict[str, Any]:
-        return self.decoder.decode(steps, tokens)
-
-    def prefill(self, tokens: int) -> dict[str, Any]:
-        return self.decoder.prefill(tokens)
-
     def gather(self, sequences: int, tokens: int) -> None:
         """Sequences that go through the model in one batch; its cache finds room for `tokens` by itself."""
         self.batch = Decoder(self._step, self.model.config.vocab_size, sequences)
         self.batch.fill(SHORT)
 
     def together(self, tokens: int) -> dict[str, Any]:
-        return self.batch.decode(tokens)
+        return self.batch.turn(tokens)
 
     def _step(self, ids_BT: Tensor, cache: Any, keep: int) -> tuple[Tensor, Any]:
         out = self.model(ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=keep)
