@@ -14,6 +14,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 #if !defined(NEMOTRON_H_LEVEL)
@@ -175,9 +177,44 @@ inline f32x16 fill(float a) {
     for (size_t i = 0; i < lanes; ++i) r.v[i] = a;
     return r;
 }
-// A true fused multiply-add, in libm's software where the target has no such instruction: slow there, and exact.
+// A true fused multiply-add. Where the target has no instruction for it, libm has: a call for each lane, and software on
+// old CPUs.
+#if defined(__SSE2__)
+// Two double additions do for four lanes what four calls would: the product of two floats is exact in double, and the sum,
+// rounded to 53 bits and then to 24, is the fused one unless the first rounding made a tie of what was none. A tie of a
+// rounded sum, sums below float's normal numbers, whose ties lie elsewhere, infinities and NaNs go to libm.
+inline __m128i words(__m128d low, __m128d high) {  // the lower words of four doubles
+    return _mm_castps_si128(_mm_shuffle_ps(_mm_castpd_ps(low), _mm_castpd_ps(high), 0x88));
+}
+inline __m128d is_exact(__m128d sum, __m128d a, __m128d b) {
+    return _mm_and_pd(_mm_cmpeq_pd(_mm_sub_pd(sum, a), b), _mm_cmpeq_pd(_mm_sub_pd(sum, b), a));
+}
+inline bool fma_4(const float* a, const float* b, float* c) {
+    const __m128 x = _mm_loadu_ps(a), y = _mm_loadu_ps(b), z = _mm_loadu_ps(c);
+    const __m128d p = _mm_mul_pd(_mm_cvtps_pd(x), _mm_cvtps_pd(y)), q = _mm_cvtps_pd(z), low = _mm_add_pd(p, q);
+    const __m128d r = _mm_mul_pd(_mm_cvtps_pd(_mm_movehl_ps(x, x)), _mm_cvtps_pd(_mm_movehl_ps(y, y)));
+    const __m128d s = _mm_cvtps_pd(_mm_movehl_ps(z, z)), high = _mm_add_pd(r, s);
+    const __m128i upper = _mm_castps_si128(_mm_shuffle_ps(_mm_castpd_ps(low), _mm_castpd_ps(high), 0xdd));
+    const __m128i size = _mm_and_si128(upper, _mm_set1_epi32(0x7fffffff)), rest = words(low, high);
+    const __m128i tie = _mm_cmpeq_epi32(_mm_and_si128(rest, _mm_set1_epi32(0x1fffffff)), _mm_set1_epi32(0x10000000));
+    const __m128i small = _mm_andnot_si128(_mm_cmpeq_epi32(size, _mm_setzero_si128()),
+                                           _mm_cmpgt_epi32(_mm_set1_epi32((1023 - 126) << 20), size));
+    const __m128i outside = _mm_or_si128(small, _mm_cmpgt_epi32(size, _mm_set1_epi32(0x7fefffff)));
+    if (_mm_movemask_epi8(_mm_or_si128(tie, outside)) != 0) {
+        const __m128i exact = words(is_exact(low, p, q), is_exact(high, r, s));
+        if (_mm_movemask_epi8(_mm_or_si128(_mm_andnot_si128(exact, tie), outside)) != 0) return false;
+    }
+    _mm_storeu_ps(c, _mm_movelh_ps(_mm_cvtpd_ps(low), _mm_cvtpd_ps(high)));
+    return true;
+}
+#else
+inline bool fma_4(const float*, const float*, float*) { return false; }
+#endif
 inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
-    for (size_t i = 0; i < lanes; ++i) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+    for (size_t i = 0; i < lanes; i += 4) {
+        if (fma_4(a.v + i, b.v + i, c.v + i)) continue;
+        for (size_t j = i; j < i + 4; ++j) c.v[j] = __builtin_fmaf(a.v[j], b.v[j], c.v[j]);
+    }
     return c;
 }
 inline f32x16 mul(f32x16 a, f32x16 b) {

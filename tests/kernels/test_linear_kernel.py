@@ -43,6 +43,24 @@ def assert_in_budget(result: Tensor, low: Tensor, high: Tensor, slack: float) ->
     assert error <= allowed
 
 
+FUSED = (  # a, b, c and a·b + c rounded once; a sum that is rounded to double first is another one in all but the last
+    (1 + 2**-15, 2**-24 * (1 - 2**-15), 1 + 2**-23, 1 + 2**-23),
+    (-1 - 2**-15, 2**-24 * (1 - 2**-15), -1 - 2**-23, -1 - 2**-23),
+    (1 + 2**-15, -(2**-24) * (1 - 2**-15), 1 + 3 * 2**-23, 1 + 3 * 2**-23),
+    (1 + 2**-23, 2**-24, 1 + 2**-23, 1 + 2**-22),
+)
+
+
+@pytest.mark.parametrize("level", _native.levels())
+@pytest.mark.parametrize(("a", "b", "c", "expected"), FUSED)
+def test_multiply_adds_are_rounded_once(a: float, b: float, c: float, expected: float, level: str) -> None:
+    """A level without the instruction must not round twice: columns 0 and 2 are one chain."""
+    w, x = torch.zeros(16, 32), torch.zeros(1, 32)
+    w[:, 0], x[:, 0] = c, 1.0
+    w[:, 2], x[:, 2] = a, b
+    assert native.linear(x, w, None, level=level).unique().tolist() == [expected]
+
+
 @given(
     seed=st.integers(0, 2**31), packing=st.sampled_from(PACKINGS), m=st.integers(1, 19), n=st.sampled_from(SIZES),
     k=st.sampled_from(SIZES), dtype=st.sampled_from(DTYPES), bias=st.booleans(),
