@@ -62,7 +62,7 @@ class NemotronHRMSNorm(nn.Module):
 
 
 class NemotronHEmbedding(nn.Embedding):
-    """`nn.Embedding`; without grad on the calling thread alone.
+    """`nn.Embedding`; where kernels may run, on the calling thread alone.
 
     PyTorch shares more than `ALONE` elements, which 16 tokens have, with its OpenMP threads, and these then spin for
     milliseconds on the cores where the kernels' own threads work.

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from nemotron_h.modeling import NemotronHEmbedding
+from nemotron_h.ops import _native
 
 
 def pair(vocab: int, size: int, dtype: torch.dtype = torch.bfloat16) -> tuple[NemotronHEmbedding, nn.Embedding]:
@@ -37,8 +38,9 @@ def test_no_call_without_grad_is_large_enough_for_other_threads(monkeypatch: pyt
     ours, _ = pair(11, 2688)
     with torch.no_grad():
         ours(torch.arange(11).repeat(5))
-    assert sum(sizes) == 55 * 2688
-    assert max(sizes) <= NemotronHEmbedding.ALONE
+    kernels = bool(_native.levels())  # without them there are no threads of ours to disturb
+    assert sum(sizes) == kernels * 55 * 2688
+    assert max(sizes, default=0) <= NemotronHEmbedding.ALONE
 
 
 def test_gradients_are_those_of_nn_embedding() -> None:
