@@ -2,8 +2,8 @@
 //
 // product.h reads each activation once per panel; slabs (many_rows.h) are unpacked into memory first, which too few rows
 // pay for. Here 128 k (or a group) of two panels are taken apart in registers and met by up to 8 rows at once: 16 sums,
-// and an activation serves two products. Four rows take 1.05 times as long as memory needs, eight 1.8 times; the next
-// eight find 512 k of both panels in the first cache.
+// and an activation serves two products. Four rows take 1.05 times as long as memory needs, eight 1.2 to 1.8 times, by the
+// speed of memory; the next eight find 512 k of both panels in the first cache.
 //
 // The multipliers of int4 could meet the weights (`times`: three instructions for a vector of nibbles, however many rows
 // follow). As in product.h they meet the sums over 32 k (two for each row, or one where it adds as well), which is less
@@ -186,11 +186,11 @@ void own4_columns(const Weights&, const uint8_t* panel, const PanelLayout& layou
 
 // The same for 5 to 8 rows. As |nibble - 8| is at most 8 and a row's byte at most 127, a sum over 32 k fits 16 bits, and
 // one instruction multiplies it and adds it to the total of 128 k: 16 of them for 8 rows and two panels, where the
-// nibbles themselves would take 48. The sums fill the registers, so the
-// totals, [row][panel][16], lie in the first cache. offsets: of row r at 4 r, where its sum starts.
+// nibbles themselves would take 48. The sums fill the registers, so the totals, [row][panel][16], lie in the first cache.
+// offsets: of row r at 4 r, where its sum starts.
 template <size_t R, bool fetch>
 inline void summed_32(const uint8_t* const* values, const uint8_t* const* ahead, const i32x16* m, const int8_t* const* q,
-                    size_t k, const int32_t* offsets, int32_t* total) {
+                      size_t k, const int32_t* offsets, int32_t* total) {
     i32x16 dot[R][pair_panels];
     for (size_t r = 0; r < R; ++r)
         for (size_t p = 0; p < pair_panels; ++p) dot[r][p] = fill_int(offsets[4 * r]);
@@ -219,10 +219,10 @@ inline void summed_32(const uint8_t* const* values, const uint8_t* const* ahead,
     }
 }
 
-// pair_columns() that way.
+// pair_columns for own int4 and 5 to 8 rows.
 template <size_t R>
 void summed_columns(const Weights&, const uint8_t* panel, const PanelLayout& layout, size_t first, size_t end,
-                  const RowPointers& x, bool fetch, float* acc) {
+                    const RowPointers& x, bool fetch, float* acc) {
     alignas(64) int32_t total[R * pair_panels * lanes], offsets[R * 4];
     const uint8_t* values[pair_panels];
     for (size_t p = 0; p < pair_panels; ++p)

@@ -6,7 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,8 +17,8 @@ from helpers import tiny_model
 from nemotron_h import NemotronHForCausalLM
 from nemotron_h.ops import _native, settings
 from nemotron_h.ops.block_step import native
-from nemotron_h.steps import BlockStep
 
+pytestmark = pytest.mark.usefixtures("unchecked")
 LATENT = {"moe_latent_size": 24}
 MODELS: list[tuple[dict[str, Any], str | None, torch.dtype]] = [
     ({}, None, torch.float32),
@@ -51,32 +51,6 @@ def step(model: nn.Module, cache: Any, tokens: int = 1, rows: int = 1, **kwargs:
     ids = (torch.arange(rows * tokens).view(rows, tokens) * 7 + 3) % 50
     with torch.no_grad():
         return model(ids, past_key_values=cache, **kwargs).logits
-
-
-@pytest.fixture(autouse=True)
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Blocks step as a whole only where nobody asked for a check of every op."""
-    monkeypatch.delenv("NEMOTRON_H_CHECK", raising=False)
-    settings.refresh()
-    yield
-    monkeypatch.undo()
-    settings.refresh()
-
-
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The types of the blocks whose step ran."""
-    seen: list[str] = []
-    right = BlockStep.__call__
-
-    def spy(self: BlockStep, block: Any, *args: Any) -> Any:
-        result = right(self, block, *args)
-        if result is not None:
-            seen.append(block.block_type)
-        return result
-
-    monkeypatch.setattr(BlockStep, "__call__", spy)
-    return seen
 
 
 def without_steps(model: NemotronHForCausalLM) -> NemotronHForCausalLM:

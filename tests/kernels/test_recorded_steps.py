@@ -6,7 +6,6 @@ Letters: B batch · T tokens · H heads · P head size · G groups · N state si
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,13 +16,13 @@ from helpers import tiny_model
 from nemotron_h import NemotronHForCausalLM, NemotronHHybridDynamicCache
 from nemotron_h.cache import MambaLayer, NemotronHHybridStaticCache
 from nemotron_h.cache.journal import JOURNAL, Step
-from nemotron_h.ops import _native, settings, threads
+from nemotron_h.ops import _native, threads
 from nemotron_h.ops.causal_conv1d import native as conv
 from nemotron_h.ops.linear import native as linears
 from nemotron_h.ops.mamba_step import MambaSizes, native, reference
 from nemotron_h.ops.ssd import native as ssd
-from nemotron_h.steps import BlockStep
 
+pytestmark = pytest.mark.usefixtures("unchecked")
 SIZES = [
     (1, 1, MambaSizes(4, 8, 2, 16, (0.0, float("inf")), 1e-5), 4, torch.bfloat16),
     (3, 5, MambaSizes(6, 5, 3, 12, (0.01, 0.5), 1e-5), 2, torch.float32),
@@ -35,32 +34,6 @@ MODELS: list[tuple[dict[str, Any], str | None, torch.dtype]] = [
     ({}, "int4", torch.bfloat16),
     ({"mamba_ssm_cache_dtype": "bfloat16"}, "int4", torch.bfloat16),
 ]
-
-
-@pytest.fixture(autouse=True)
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Blocks step as a whole only where nobody asked for a check of every op."""
-    monkeypatch.delenv("NEMOTRON_H_CHECK", raising=False)
-    settings.refresh()
-    yield
-    monkeypatch.undo()
-    settings.refresh()
-
-
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The types of the blocks whose step ran."""
-    seen: list[str] = []
-    right = BlockStep.__call__
-
-    def spy(self: BlockStep, block: Any, *args: Any) -> Any:
-        result = right(self, block, *args)
-        if result is not None:
-            seen.append(block.block_type)
-        return result
-
-    monkeypatch.setattr(BlockStep, "__call__", spy)
-    return seen
 
 
 @pytest.fixture(autouse=True)
